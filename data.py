@@ -1,0 +1,347 @@
+"""Images and labels: the built-in shapes, folders, torchvision's data sets; one decoder; loaders whose every batch is a function of the step.
+
+    images = open_images("shapes" | "cifar10" | "cifar100" | "stl10" | folder, "train" | "val", ...)
+    images.read(i) -> uint8 (3, H, W);  images.labels (N,) int64, -1 where unknown;  images.classes, a list of names
+"""
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+from augment import center_crop, crop_views
+from configurator import UsageError, nearest
+from draws import key, uniforms
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+TORCHVISION = ("cifar10", "cifar100", "stl10")
+BROKEN_SHARE = 0.01  # of the data; more broken files than this and the data set is at fault, not the file
+
+
+class Images(NamedTuple):
+    """A data set in memory or on disk: all that loaders and evaluations know of it."""
+    read: Callable  # i -> uint8 (3, H, W)
+    labels: torch.Tensor  # (N,) int64, -1: unknown
+    classes: list
+    name: Callable  # i -> what to call the image in a message
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def open_images(data, split, classes="", root="data", download=False, img_size=64):
+    """-> Images of `data`'s split ('train' or 'val'), or None where a folder has no such split.
+
+    data: 'shapes', a torchvision name, or a folder: `train/CLASS/**` with or without `val/CLASS/**`, else any tree of images, without labels,
+    all of it 'train'. classes: a file with a class folder's name a line. root, download: torchvision's. img_size: what shapes are drawn at."""
+    if classes and data in ("shapes", *TORCHVISION):
+        raise UsageError(f"classes={classes}: a class list chooses among a folder's classes; {data} has none, leave it away")
+    if data == "shapes":
+        return shapes(split, img_size)
+    if data in TORCHVISION:
+        return _torchvision_images(data, split, root, download)
+    folder = Path(data)
+    if not folder.is_dir():
+        raise UsageError(f"data={data}: no such folder{nearest(data, ('shapes', *TORCHVISION))}; give a folder of images, "
+                         f"or one of shapes, {', '.join(TORCHVISION)}")
+    if (folder / "train").is_dir():
+        return _labelled_folder(folder / split, classes) if (folder / split).is_dir() else None
+    if classes:
+        raise UsageError(f"classes={classes}: {data} has no train/CLASS folders to choose from")
+    return _unlabelled_tree(folder) if split == "train" else None
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def decode(path):
+    """An image file -> uint8 RGB (3, H, W), turned as its EXIF says; grey, CMYK, palette, alpha and 16 bit become RGB of 8; of an
+    animation the first frame. torchvision's codecs, Pillow for the formats and variants they do not read."""
+    try:
+        image = torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True)
+    except RuntimeError:
+        image = _decode_with_pillow(path)
+    image = image[0] if image.ndim == 4 else image
+    return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)
+
+
+def _decode_with_pillow(path):
+    with Image.open(path) as file:
+        if file.mode.startswith(("I", "F")):  # 16 bit: Pillow's own conversion would clip it instead of scaling
+            grey = np.asarray(file, dtype=np.float32)
+            grey = (grey / (65535 if grey.max() > 255 else 255) * 255).astype(np.uint8)
+            return torch.from_numpy(grey)[None].expand(3, -1, -1)
+        return TF.pil_to_tensor(file.convert("RGB"))
+
+
+def _read_file(paths, i):
+    return decode(paths[i])
+
+
+def _file_images(paths, labels, classes):
+    return Images(functools.partial(_read_file, paths), torch.as_tensor(labels, dtype=torch.int64), classes, paths.__getitem__)
+
+
+class _ChosenClasses(torchvision.datasets.ImageFolder):
+    """ImageFolder that only looks into the class folders of a list."""
+
+    def __init__(self, root, chosen):
+        self.chosen = chosen
+        super().__init__(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS), allow_empty=True)
+
+    def find_classes(self, directory):
+        there = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        names = [name for name in there if name in self.chosen] if self.chosen else there
+        return names, {name: i for i, name in enumerate(names)}
+
+
+def _labelled_folder(folder, class_file):
+    chosen = read_classes(class_file) if class_file else None
+    found = _ChosenClasses(str(folder), chosen)
+    if chosen and len(found.classes) < len(chosen):
+        missing = sorted(set(chosen) - set(found.classes))
+        raise UsageError(f"{folder}: {len(missing)} of the {len(chosen)} classes of {class_file} are not there, such as {missing[0]}; "
+                         "mend the list or the folder")
+    empty = sorted(set(range(len(found.classes))) - set(found.targets))
+    if not found.samples or empty:
+        what = f"class folder {found.classes[empty[0]]} holds" if found.samples else "holds"
+        raise UsageError(f"{folder}: {what} no images ({' '.join(EXTENSIONS)}); put some there or remove it")
+    return _file_images([path for path, _ in found.samples], found.targets, found.classes)
+
+
+def _unlabelled_tree(folder):
+    paths = sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True)
+                   for name in names if name.lower().endswith(EXTENSIONS))
+    if not paths:
+        raise UsageError(f"data={folder}: no images in it ({' '.join(EXTENSIONS)}); give a folder that holds some")
+    return _file_images(paths, [-1] * len(paths), [])
+
+
+def read_classes(path):
+    """A class list: one folder name a line; what follows a blank, and lines of #, are comments."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"classes={path}: {getattr(error, 'strerror', None) or 'not a text file'}; configs/in100_classes.txt is one") from None
+    names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"classes={path}: {'a class is listed twice' if names else 'lists no class'}; one folder name a line")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------ torchvision's data sets
+
+
+def _torchvision_images(name, split, root, download):
+    make, arguments = {
+        "cifar10": (torchvision.datasets.CIFAR10, dict(train=split == "train")),
+        "cifar100": (torchvision.datasets.CIFAR100, dict(train=split == "train")),
+        "stl10": (torchvision.datasets.STL10, dict(split="train" if split == "train" else "test")),
+    }[name]
+    first = not dist.is_initialized() or int(os.environ["LOCAL_RANK"]) == 0
+    try:
+        if download and first:
+            make(root, download=True, **arguments)
+        if dist.is_initialized():
+            dist.barrier()  # one rank of each machine downloads, the others wait for it
+        images = make(root, **arguments)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"data={name}: not in {root}/, or damaged ({str(error).splitlines()[0]}); --download=True fetches it, --data_root=... is "
+                         "where it lies") from None
+    pixels = torch.from_numpy(images.data)
+    pixels = pixels.permute(0, 3, 1, 2) if name != "stl10" else pixels  # uint8 (N, 3, H, W)
+    labels = images.labels if name == "stl10" else images.targets
+    return _memory_images(pixels, torch.as_tensor(labels, dtype=torch.int64), list(images.classes), name)
+
+
+def _memory_images(pixels, labels, classes, name):
+    """pixels uint8 (N, 3, H, W), labels (N,) -> Images."""
+    return Images(pixels.contiguous().__getitem__, labels, classes, f"{name} image {{}}".format)
+
+
+# ------------------------------------------------------------------------------------------------ built-in data: shapes
+
+SHAPES = ("arrow", "crescent", "cup", "drop", "flag", "house", "key", "ell", "mushroom", "tee")
+SHAPE_COUNTS = dict(train=8000, val=2000)
+UPRIGHT = 15  # degrees a shape may lean: so "which way is up" has an answer, and rotation by 90 degrees is something to predict
+
+
+def shapes(split, size=64, count=None, seed=0):
+    """Textured shapes on varied backgrounds: the class is the shape; orientation, place, size, colours and textures are free.
+
+    -> Images of (3, size, size), 8000 for 'train' and 2000 for 'val'; everything a function of (seed, split, index)."""
+    n = count or SHAPE_COUNTS[split]
+    keys = key(seed, 10 + list(SHAPE_COUNTS).index(split), torch.arange(n))
+    labels = torch.arange(n) % len(SHAPES)
+    pixels = torch.cat([draw_shapes(k, y, size) for k, y in zip(keys.split(500), labels.split(500))])
+    return _memory_images(pixels, labels, list(SHAPES), f"shapes {split}")
+
+
+def draw_shapes(keys, labels, size):
+    """keys (n,), labels (n,) index into SHAPES -> uint8 (n, 3, size, size)."""
+    u = uniforms(keys, 32)[:, :, None, None]  # (n, 32, 1, 1); a column a property
+    centres = (2 * torch.arange(size) + 1) / size - 1
+    y, x = torch.meshgrid(centres, centres, indexing="ij")  # (size, size) in [-1, 1], y down
+    angle = torch.deg2rad((2 * u[:, 0] - 1) * UPRIGHT)
+    radius = 0.45 + 0.3 * u[:, 1]
+    dx, dy = x - (2 * u[:, 2] - 1) * (0.9 - radius), -(y - (2 * u[:, 3] - 1) * (0.9 - radius))  # shape's centre, y up
+    sx = (angle.cos() * dx + angle.sin() * dy) / radius  # shape's own coordinates, about [-1, 1]
+    sy = (-angle.sin() * dx + angle.cos() * dy) / radius
+    distance = torch.empty(len(keys), size, size)
+    for label, name in enumerate(SHAPES):
+        rows = labels == label
+        distance[rows] = _shape_distance(name, sx[rows], sy[rows])
+    cover = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # (n, 1, size, size), antialiased over one pixel
+
+    def textured(first):
+        """Two colours, mixed by a plane wave of free direction and length: from near-plain to stripes."""
+        colors = u[:, first:first + 6].view(-1, 2, 3, 1, 1)
+        direction, frequency, phase, contrast = 2 * math.pi * u[:, first + 6], 2 + 14 * u[:, first + 7], 2 * math.pi * u[:, first + 8], u[:, first + 9]
+        wave = torch.sin(frequency * (direction.cos() * x + direction.sin() * y) + phase)
+        mix = (0.5 + 0.5 * contrast * wave)[:, None]  # (n, 1, size, size)
+        return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
+
+    front, back = textured(4), textured(14)
+    # a shape that has its background's brightness would be a matter of luck: move the two apart
+    gap = (front.mean((1, 2, 3)) - back.mean((1, 2, 3)))[:, None, None, None]
+    front = front + torch.where(gap >= 0, 1, -1) * (0.25 - gap.abs()).clamp(min=0)
+    image = back + cover * (front - back) + 0.06 * (uniforms(key(keys, 1), 3 * size * size).view(-1, 3, size, size) - 0.5)
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _shape_distance(name, x, y):
+    """Signed distance (about; negative inside) to a shape of radius 1, y up; none of them looks the same upside down or on its side."""
+    def box(cx, cy, hx, hy):
+        return torch.maximum((x - cx).abs() - hx, (y - cy).abs() - hy)
+
+    def disc(cx, cy, r):
+        return ((x - cx).square() + (y - cy).square()).sqrt() - r
+
+    def wedge(top, bottom, half):  # triangle with its tip at (0, top) and its base of 2 half at height bottom
+        lean = half / (top - bottom)
+        side = (x.abs() + (y - top) * lean) / math.hypot(1, lean)
+        return torch.maximum(side, (bottom - y) if top > bottom else (y - bottom))
+
+    union, cut = torch.minimum, lambda a, b: torch.maximum(a, -b)
+    return {
+        "arrow": lambda: union(box(0, -0.4, 0.22, 0.6), wedge(1, 0, 0.75)),
+        "crescent": lambda: cut(disc(0, -0.1, 0.9), disc(0, 0.45, 0.75)),
+        "cup": lambda: cut(box(0, 0, 0.75, 0.85), box(0, 0.35, 0.4, 0.85)),
+        "drop": lambda: union(disc(0, -0.35, 0.6), wedge(1, -0.1, 0.52)),
+        "flag": lambda: union(box(-0.6, 0, 0.15, 1), box(0.1, 0.5, 0.75, 0.45)),
+        "house": lambda: cut(union(box(0, -0.45, 0.6, 0.5), wedge(0.95, 0, 0.95)), box(0, -0.6, 0.2, 0.4)),
+        "key": lambda: union(cut(disc(0, 0.5, 0.5), disc(0, 0.5, 0.24)), union(box(0, -0.45, 0.14, 0.55), box(0.25, -0.8, 0.25, 0.12))),
+        "ell": lambda: union(box(-0.4, 0, 0.25, 0.95), box(0.1, -0.7, 0.7, 0.25)),
+        "mushroom": lambda: union(torch.maximum(disc(0, 0, 0.9), -y), box(0, -0.45, 0.22, 0.5)),
+        "tee": lambda: union(box(0, 0.7, 0.85, 0.25), box(0, -0.15, 0.22, 0.8)),
+    }[name]()
+
+
+# ------------------------------------------------------------------------------------------------ loaders
+
+
+class Schedule:
+    """The batches of steps start .. stop-1 as lists of (epoch, index): this rank's share of each global batch.
+
+    An epoch is a permutation that depends on (seed, epoch) alone; step t takes its t-th batch_size images, rank r the r-th part of them.
+    The incomplete batch at an epoch's end is left out."""
+
+    def __init__(self, n, batch_size, seed, start, stop, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.start, self.stop, self.rank, self.world = n, batch_size, seed, start, stop, rank, world
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        per_epoch, share, shuffled = self.n // self.batch_size, self.batch_size // self.world, -1
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, per_epoch)
+            if epoch != shuffled:
+                order, shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.n), epoch
+            first = batch * self.batch_size + self.rank * share
+            yield [(epoch, int(i)) for i in order[first:first + share]]
+
+
+class _Samples(torch.utils.data.Dataset):
+    """What workers run: read an image, make its crops. A broken file is named and its place taken by the next image that can be read."""
+
+    def __init__(self, images, seed, make):
+        self.images, self.seed, self.make = images, seed, make
+
+    def __getitem__(self, item):
+        epoch, index = item
+        broken = []
+        for i in range(index, index + len(self.images)):
+            i %= len(self.images)
+            try:
+                image = self.images.read(i)
+                break
+            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                broken.append((self.images.name(i), str(error).splitlines()[0] if str(error) else type(error).__name__))
+        else:
+            raise UsageError(f"{broken[0][0]}: broken, as is every other image of the data set")
+        key_ = key(self.seed, epoch, index)
+        return (*self.make(image, key_), key_, self.images.labels[i], broken)
+
+
+def _collate(samples):
+    *columns, broken = zip(*samples)
+    return [torch.stack(column) for column in columns] + [[b for many in broken for b in many]]
+
+
+def _loader(images, seed, make, batches, workers, device):
+    return torch.utils.data.DataLoader(_Samples(images, seed, make), batch_sampler=batches, num_workers=workers, collate_fn=_collate,
+                                       pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+
+
+def _make_center(image, key_, size):
+    return (center_crop(image, size),)
+
+
+def train_loader(images, config, start, stop, rank, world, device):
+    """One pass over the steps start .. stop-1, all epochs, with the same workers throughout. A batch: global crops uint8 (B, 2, 3, G, G),
+    local crops uint8 (B, L, 3, l, l), keys (B,), labels (B,), broken [(name, reason)]; B is this rank's share of batch_size."""
+    batches = Schedule(len(images), config.batch_size, config.seed, start, stop, rank, world)
+    return _loader(images, config.seed, _crops(config), batches, config.workers, device)
+
+
+def first_samples(images, config, n):
+    """The first n samples of the run, for a picture: whole images uint8 (n, 3, G, G) and, as in a batch, global crops, local crops, keys."""
+    items = next(iter(Schedule(len(images), config.batch_size, config.seed, 0, 1)))[:n]
+    whole = _collate([_Samples(images, config.seed, functools.partial(_make_center, size=config.img_size))[item] for item in items])
+    return [whole[0], *_collate([_Samples(images, config.seed, _crops(config))[item] for item in items])[:3]]
+
+
+def _crops(config):
+    return functools.partial(crop_views, global_size=config.img_size, local_size=config.local_size, local_crops=config.local_crops,
+                             global_scale=config.global_scale, local_scale=config.local_scale)
+
+
+def eval_loader(images, size, batch_size, workers, device, rank=0, world=1, seed=0):
+    """Every world-th image from this rank's on, in order. A batch: centre crops uint8 (B, 3, size, size), keys, labels, broken."""
+    mine = range(rank, len(images), world)
+    batches = [[(0, i) for i in mine[at:at + batch_size]] for at in range(0, len(mine), batch_size)]
+    return _loader(images, seed, functools.partial(_make_center, size=size), batches, workers, device)
+
+
+class BrokenFiles:
+    """Names each broken file once and stops the run where they are more than 1 % of the data."""
+
+    def __init__(self, n):
+        self.n, self.seen = n, set()
+
+    def report(self, broken, say):
+        for name, reason in broken:
+            if name not in self.seen:
+                self.seen.add(name)
+                say(f"skipped broken image {name}: {reason} ({len(self.seen)} so far)")
+        if len(self.seen) > BROKEN_SHARE * self.n:
+            raise UsageError(f"{len(self.seen)} of {self.n} images are broken, more than {BROKEN_SHARE:.0%}, such as {min(self.seen)}; "
+                             "mend or remove them")

@@ -1,0 +1,463 @@
+"""Pre-train CLeVER or DINO.
+
+    python train.py configs/demo.py                                   one process: CPU or one GPU
+    torchrun --nproc_per_node=4 train.py configs/in100_clever.py      one process a GPU
+    python train.py configs/demo.py --epochs=5 --out_dir=out/try      any knob; --help lists them
+
+The same command started again continues where the last checkpoint is. A run writes out_dir/: ckpt.pt (everything to continue), backbone.pt
+(the teacher's backbone alone), log.jsonl, config.json, views.png (what the network sees).
+"""
+import ast
+import glob
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+import torchvision
+from tqdm import tqdm
+
+import data
+import losses
+import probe
+from augment import RECIPES, augment_views, denormalize
+from configurator import Config, UsageError, configure, exit_on_usage_error
+from draws import key, uniforms
+from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, synchronise_batch_norm
+
+MAY_CHANGE = ("workers", "max_batch_per_gpu", "device", "compile", "log_every", "eval_every", "save_every", "data_root", "download")  # on resume
+
+# ------------------------------------------------------------------------------------------------ schedules: functions of the step
+
+
+def cosine(step, start, end, total):
+    """From `start` at step 0 to `end` at the last step, total - 1, along half a cosine."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / max(total - 1, 1)))
+
+
+def learning_rate(step, config, steps_per_epoch):
+    """Linear warm-up from 0 to lr * batch_size / 256, then a cosine to min_lr at the last step."""
+    peak, warmup = config.lr * config.batch_size / 256, int(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return peak * step / warmup
+    return cosine(step - warmup, peak, config.min_lr, config.epochs * steps_per_epoch - warmup)
+
+
+def teacher_temperature(step, config, steps_per_epoch):
+    """Linear from teacher_temp_start to teacher_temp over teacher_temp_epochs."""
+    done = min(1.0, step / max(1, config.teacher_temp_epochs * steps_per_epoch))
+    return config.teacher_temp_start + done * (config.teacher_temp - config.teacher_temp_start) if config.teacher_temp_epochs else config.teacher_temp
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+
+@dataclass
+class Run:
+    """What a training step works on."""
+    config: Config
+    steps_per_epoch: int
+    device: torch.device
+    autocast: Callable                # () -> the context of mixed precision
+    student: torch.nn.Module          # Network, or DistributedDataParallel around it
+    network: Network                  # the student itself
+    teacher: Network
+    optimizer: torch.optim.Optimizer
+    centers: dict                     # head -> centre (K,)
+    recipe: tuple                     # augment.Recipe
+
+
+def train_step(run, step, global_crops, local_crops, keys):
+    """One step on this rank's share of the global batch -> {name: 0-dim tensor, mean over the share}; nothing waits for the device.
+
+    global_crops uint8 (B, 2, 3, G, G), local_crops uint8 (B, L, 3, l, l), keys (B,): of the samples, for their draws."""
+    config, total = run.config, run.config.epochs * run.steps_per_epoch
+    teacher_temp = teacher_temperature(step, config, run.steps_per_epoch)
+    parts = list(zip(*(tensor.split(micro_batch(len(keys), config)) for tensor in (global_crops, local_crops, keys))))
+    logged, teacher_means = {}, {}
+    for i, (global_crops, local_crops, keys) in enumerate(parts):  # one part, unless gradients are accumulated
+        # the views, [(2, B, 3, G, G), (L, B, 3, l, l)]; the teacher sees the global ones only
+        views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
+        draws = drop_path_draws(run.network.backbone, views, keys, config.drop_path)
+        with run.autocast():
+            with torch.no_grad():
+                t_ir, t_ef = run.teacher(views[:1])        # (2, B, K), (2, B, K_ef)
+            s_ir, s_ef = run.student(views, draws)         # (V, B, K), (V, B, K_ef)
+
+        # L = alpha L_CL + beta L_Orth + lambda L_PReg; DINO is L_CL alone, on the whole representation
+        terms = {"L_CL": losses.dino_loss(s_ir, t_ir, run.centers["ir"], config.student_temp, teacher_temp)}
+        loss = config.alpha * terms["L_CL"]
+        if config.method == "clever":
+            terms["L_Orth"] = losses.orthogonality(s_ef, t_ef, run.centers["ef"], config.student_temp, teacher_temp, config.orth)
+            terms["L_PReg"] = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
+            loss = loss + config.beta * terms["L_Orth"] + config.lam * terms["L_PReg"]
+        with nullcontext() if i == len(parts) - 1 or run.student is run.network else run.student.no_sync():  # ranks exchange gradients once
+            (loss / len(parts)).backward()
+
+        for head, t in zip(run.centers, (t_ir, t_ef)):
+            teacher_means[head] = teacher_means.get(head, 0) + t.mean((0, 1)) / len(parts)  # (K,)
+            if step % config.log_every == 0:
+                terms[f"H_{head}"] = losses.teacher_entropy(t, run.centers[head], teacher_temp)
+        for name, value in {"loss": loss, **terms}.items():
+            logged[name] = logged.get(name, 0) + value.detach() / len(parts)
+
+    # student by gradient: each parameter's clipped on its own, prototypes frozen at first
+    clip_each(run.network.parameters(), config.clip)
+    if step < config.freeze_last_layer * run.steps_per_epoch:
+        for head in filter(None, (run.network.head_ir, run.network.head_ef)):
+            head.last_layer.weight_v.grad = None
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(step, config, run.steps_per_epoch)
+        group["weight_decay"] = cosine(step, config.weight_decay, config.weight_decay_end, total) if group["decays"] else 0.0
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+    # teacher and centres by moving average
+    update_teacher(run.teacher, run.network, cosine(step, config.ema, 1.0, total))
+    for head, mean in teacher_means.items():
+        losses.update_center(run.centers[head], mean, config.center_momentum)
+    return logged
+
+
+def micro_batch(share, config):
+    """The largest part of a rank's share that fits max_batch_per_gpu and divides the share evenly."""
+    return max(size for size in range(1, min(share, config.max_batch_per_gpu) + 1) if share % size == 0)
+
+
+def drop_path_draws(backbone, views, keys, rate):
+    """Uniforms (n, B, depth, 2) for each resolution, a function of the samples' keys; None where nothing is ever dropped."""
+    if not rate or not hasattr(backbone, "blocks"):
+        return None
+    depth, draws, first = len(backbone.blocks), [], 100
+    for images in views:
+        n, B = images.shape[:2]
+        u = uniforms(key(keys, first + torch.arange(n)[:, None]), 2 * depth)  # (n, B, 2 * depth)
+        draws.append(u.view(n, B, depth, 2).to(images.device, non_blocking=True))
+        first += n
+    return draws
+
+
+@torch.no_grad()
+def clip_each(parameters, max_norm):
+    """Scale each parameter's gradient, on its own, to a norm of at most max_norm (DINO's clip; 0: off)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if max_norm:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1).unbind()))
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, every parameter."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+# ------------------------------------------------------------------------------------------------ start and continue
+
+
+def make_run(config, steps_per_epoch, device, rank=0, world=1):
+    """Student, teacher (a copy), optimiser and centres, fresh from config.seed or from config.init_from."""
+    torch.manual_seed(config.seed)
+    network, teacher = build_network(config, config.drop_path), build_network(config)
+    if config.local_size % network.backbone.stride:
+        raise UsageError(f"local_size={config.local_size} is not a multiple of {config.arch}'s {network.backbone.stride}: "
+                         f"take {max(1, round(config.local_size / network.backbone.stride)) * network.backbone.stride}")
+    if config.init_from:
+        given, facts = load_backbone(config.init_from)
+        if [(name, p.shape) for name, p in given.named_parameters()] != [(name, p.shape) for name, p in network.backbone.named_parameters()]:
+            raise UsageError(f"init_from={config.init_from}: holds {facts['arch']} for {facts['img_size']} px, patch {facts['patch_size']}; "
+                             f"this run is {config.arch}, {config.img_size} px, patch {config.patch_size}")
+        network.backbone.load_state_dict(given.state_dict())
+    teacher.load_state_dict(network.state_dict())
+    teacher.requires_grad_(False)
+    network.to(device), teacher.to(device)
+    student = network
+    if world > 1:
+        synchronise_batch_norm(network, device), synchronise_batch_norm(teacher, device)
+        student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
+                                                            broadcast_buffers=False)
+    if config.compile:
+        for net in (network, teacher):
+            for block in getattr(net.backbone, "blocks", [net.backbone]):
+                block.compile(dynamic=False)
+    heads = {"ir": network.head_ir, "ef": network.head_ef} if network.head_ef else {"ir": network.head_ir}
+    centers = {name: torch.zeros(head.last_layer.weight_v.shape[0], device=device) for name, head in heads.items()}
+    switched_off = {name: (0.0, 0.0, 0.0) for name in ("blur", "solarize") if not getattr(config, name)}
+    _, autocast = probe.choose_precision(config.precision, device)
+    return Run(config, steps_per_epoch, device, autocast, student, network, teacher, make_optimizer(network, config), centers,
+               RECIPES[config.recipe]._replace(**switched_off))
+
+
+def make_optimizer(network, config):
+    """AdamW or SGD over two groups: matrices, which decay, and biases and norms, which do not."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], decays=True), dict(params=[p for p in trained if p.ndim <= 1], decays=False)]
+    return torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(groups, fused=True)
+
+
+def save(run, step):
+    """ckpt.pt: all that the next step depends on, tensors and plain types; backbone.pt: the teacher's backbone for timm or torchvision."""
+    path = os.path.join(run.config.out_dir, "ckpt.pt")
+    save_atomically(dict(config=asdict(run.config), step=step, student=run.network.state_dict(), teacher=run.teacher.state_dict(),
+                         optimizer=run.optimizer.state_dict(), centers=run.centers), path)
+    save_atomically(run.teacher.backbone.state_dict(), os.path.join(run.config.out_dir, "backbone.pt"))
+
+
+def restore(run):
+    """Load out_dir/ckpt.pt into the run if there is one -> the step to do next."""
+    path = os.path.join(run.config.out_dir, "ckpt.pt")
+    if not os.path.exists(path):
+        return 0
+    checkpoint = read_checkpoint(path)
+    refuse_other_config(checkpoint["config"], run.config)
+    run.network.load_state_dict(checkpoint["student"])
+    run.teacher.load_state_dict(checkpoint["teacher"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for name, center in run.centers.items():
+        center.copy_(checkpoint["centers"][name])
+    return checkpoint["step"]
+
+
+def refuse_other_config(there, config):
+    """UsageError if the run in out_dir was started with knobs that this one may not change."""
+    here, there = json.loads(json.dumps(asdict(config))), json.loads(json.dumps(there))
+    differ = [f"{name}={there.get(name)!r} there, {here.get(name)!r} here" for name in here | there
+              if name not in MAY_CHANGE and there.get(name) != here.get(name)]
+    if differ:
+        raise UsageError(f"out_dir={config.out_dir} holds another run ({'; '.join(differ)}): choose another --out_dir or remove it")
+
+
+def keep_log_until(path, step):
+    """Drop the log's lines of steps that will be done again."""
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path + ".partial", "w") as file:
+            file.writelines(lines)
+        os.replace(path + ".partial", path)
+
+
+# ------------------------------------------------------------------------------------------------ what a person sees
+
+
+def describe(run, n_images, step, world, precision, images):
+    """The first screen of a run."""
+    config = run.config
+    line = ""
+    for knob in (f"{name}={value}" for name, value in asdict(config).items()):
+        if len(line) + len(knob) > 118:
+            print(line)
+            line = ""
+        line += knob + "  "
+    print(line + "\n")
+    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (run.network.backbone, run.network)]
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+    share = config.batch_size // world
+    print(f"{config.method} {config.arch}: backbone {millions[0]:.2f} M parameters, with heads {millions[1]:.2f} M")
+    print(f"{n_images} images of {config.data}" + (f", {len(images.classes)} classes" if images.classes else ", no labels"))
+    print(f"{world} x {device}, {precision}; batch {config.batch_size} = {world} x {share // micro_batch(share, config)} x {micro_batch(share, config)} "
+          f"(ranks x accumulated x at once); peak lr {config.lr * config.batch_size / 256:.3g}")
+    if step:
+        print(f"continuing {config.out_dir} at step {step} of {config.epochs * run.steps_per_epoch}")
+    elif config.init_from:
+        print(f"a new schedule from the weights of {config.init_from}")
+    print(flush=True)
+
+
+def picture_views(run, images, path):
+    """views.png: a row an image, first the image, then its two global and its local views as the network sees them."""
+    whole, global_crops, local_crops, keys = data.first_samples(images, run.config, 6)
+    views = augment_views(global_crops, local_crops, keys, run.recipe)
+    size = run.config.img_size
+    pictures = [whole[None] / 255]  # each (n, B, 3, size, size)
+    for view in views:
+        border = size - view.shape[-1]
+        pictures.append(torch.nn.functional.pad(denormalize(view), (border // 2, border - border // 2) * 2, value=1.0))
+    pictures = torch.cat(pictures).transpose(0, 1)  # (B, 1 + V, 3, size, size)
+    torchvision.utils.save_image(pictures.flatten(0, 1), path, nrow=pictures.shape[1], padding=max(2, size // 32), pad_value=1)
+
+
+def evaluate(run, train, val, workers):
+    """kNN accuracy on clean and on rotated validation images for each part, and the collapse watch -> {name: number}."""
+    config, ratio = run.config, run.network.ratio
+    common = dict(size=config.img_size, device=run.device, autocast=run.autocast, workers=workers)
+    numbers = {"norm_ir": losses.squared_norm(run.network.head_ir).sqrt().item()}
+    if run.network.head_ef:
+        numbers["norm_ef"] = losses.squared_norm(run.network.head_ef).sqrt().item()
+    labelled = val is not None and train.labels.min() >= 0
+    [on_train] = probe.features(run.teacher.backbone, train, [probe.perturbed("orig")], progress="kNN: features of train", **common)
+    if labelled:
+        clean, rotated = probe.features(run.teacher.backbone, val, [probe.perturbed("orig"), probe.perturbed("ro")], progress="kNN: of val", **common)
+    for part, z in probe.parts(on_train, ratio).items():
+        if part in ("full", "ir", "ef"):
+            numbers[f"std_{part}"], numbers[f"rank_{part}"] = probe.spread(z)
+            if labelled:
+                for name, of in (("knn", clean), ("knn_rotated", rotated)):
+                    numbers[f"{name}_{part}"] = probe.knn_accuracy(z, train.labels, probe.parts(of, ratio)[part], val.labels)
+    return numbers
+
+
+def collapse_warnings(numbers, config):
+    """Plain words for numbers that mean a collapse; numbers: what was last logged and evaluated."""
+    for head, K in (("ir", config.out_dim), ("ef", config.out_dim_ef)):
+        entropy = numbers.get(f"H_{head}")
+        if entropy is not None and entropy > 0.98 * math.log(K):
+            yield f"the teacher's {head} output is all but uniform (entropy {entropy:.2f} of ln K = {math.log(K):.2f}): lower teacher_temp or lr, or train longer"
+    for part in ("full", "ir", "ef"):
+        if numbers.get(f"std_{part}", 1) < 0.05 or numbers.get(f"rank_{part}", 9) < 1.5:
+            yield (f"the representation's {part} part has collapsed (std {numbers[f'std_{part}']:.3f}, effective rank {numbers[f'rank_{part}']:.1f}): "
+                   "lower lr, raise the batch size or the warm-up")
+    if numbers.get("norm_ef", 1) < 0.1 * numbers.get("norm_ir", 1):
+        yield f"the ef head has shrunk to norm {numbers['norm_ef']:.2g} against the ir head's {numbers['norm_ir']:.2g}: raise lam"
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def main(argv):
+    if not argv:
+        return print(greeting())
+    config = configure(Config, argv)
+    rank, world, device = join_processes(config)
+    precision, _ = probe.choose_precision(config.precision, device)
+
+    # everything that can be wrong with what the user gave is found before anything is written
+    train, val = (data.open_images(config.data, split, config.classes, config.data_root, config.download, config.img_size) for split in ("train", "val"))
+    if config.batch_size % world:
+        raise UsageError(f"batch_size={config.batch_size} does not divide among {world} ranks: take {math.ceil(config.batch_size / world) * world}")
+    if config.batch_size > len(train):
+        raise UsageError(f"batch_size={config.batch_size} exceeds the {len(train)} images of {config.data}: lower it" +
+                         (f", and start fewer than {world} ranks" if world > len(train) else ""))
+    steps_per_epoch = len(train) // config.batch_size
+    run = make_run(config, steps_per_epoch, device, rank, world)
+    step, total = restore(run), config.epochs * steps_per_epoch
+    main_rank, log_path = rank == 0, os.path.join(config.out_dir, "log.jsonl")
+    if main_rank:
+        prepare_out_dir(config, step)
+        describe(run, len(train), step, world, precision, train)
+        if step == 0:
+            picture_views(run, train, os.path.join(config.out_dir, "views.png"))
+        keep_log_until(log_path, step)
+    if step == total:
+        if main_rank:
+            print(f"{config.out_dir} is finished: nothing to do. Raise --epochs only with another --out_dir, for it changes the whole schedule")
+        return leave_processes()
+
+    loader = data.train_loader(train, config, step, total, rank, world, device)
+    broken_files, sums, numbers = data.BrokenFiles(len(train)), {}, {}
+    bar = tqdm(total=total, initial=step, disable=not main_rank, unit="step", smoothing=0.1, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    waited, since, batches = 0.0, time.perf_counter(), iter(loader)
+    for step in range(step, total):
+        asked = time.perf_counter()
+        global_crops, local_crops, keys, _, broken = next(batches)
+        waited += time.perf_counter() - asked
+        broken_files.report(broken, bar.write)
+        for name, value in train_step(run, step, global_crops, local_crops, keys).items():
+            sums[name] = (*sums.get(name, ()), value)
+
+        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
+        if step % config.log_every == 0 or epoch_ends:
+            numbers = average_over_ranks(sums)
+            if not math.isfinite(numbers["loss"]):
+                raise UsageError(f"the loss is {numbers['loss']} at step {step}: {config.out_dir}/ckpt.pt holds the last good state; lower lr, or try precision=fp32")
+            seconds, images = time.perf_counter() - since, len(sums["loss"]) * config.batch_size
+            numbers |= dict(lr=learning_rate(step, config, steps_per_epoch), img_per_s=images / seconds, data_wait=waited / seconds)
+            log(log_path, main_rank, step=done, epoch=done / steps_per_epoch, **numbers)
+            bar.set_postfix_str(f"{'  '.join(f'{k} {v:.4g}' for k, v in numbers.items() if k[0] in 'lL')}  {numbers['img_per_s']:.0f} img/s  "
+                                f"data {numbers['data_wait']:.0%}", refresh=False)
+            sums, waited, since = {}, 0.0, time.perf_counter()
+        bar.update()
+
+        if epoch_ends and (done == total or config.eval_every and (done // steps_per_epoch) % config.eval_every == 0):
+            judged = evaluate(run, train, val, config.workers)
+            log(log_path, main_rank, step=done, epoch=done / steps_per_epoch, **judged)
+            if main_rank:
+                bar.write(f"epoch {done // steps_per_epoch}: " + "  ".join(f"{name} {value:.3g}" for name, value in judged.items()))
+                for warning in collapse_warnings(numbers | judged, config):
+                    bar.write(f"WARNING: {warning}")
+            since = time.perf_counter()
+        if epoch_ends or config.save_every and done % config.save_every == 0:
+            if main_rank:
+                save(run, done)
+    bar.close()
+    if config.probe_at_end and val is not None:
+        final_table(run, train, val, main_rank)
+    leave_processes()
+
+
+def greeting():
+    """What `python train.py` alone prints: what this is and which configs there are."""
+    lines = [__doc__.strip(), "", "Configs:"]
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "*.py"))):
+        with open(path) as file:
+            lines.append(f"  configs/{os.path.basename(path):28}{(ast.get_docstring(ast.parse(file.read())) or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def join_processes(config):
+    """-> (rank, world size, device); joins the process group where torchrun started us, needs none otherwise."""
+    device = probe.choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products: the prototypes' logits
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_processes():
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def prepare_out_dir(config, step):
+    """Make out_dir and write config.json; UsageError if another run lives there or it cannot be written."""
+    path = os.path.join(config.out_dir, "config.json")
+    if os.path.exists(path) and step == 0:
+        with open(path) as file:
+            refuse_other_config(json.load(file), config)
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(asdict(config), file, indent=1)
+    except OSError as error:
+        raise UsageError(f"out_dir={config.out_dir}: {error.strerror}; choose another") from None
+
+
+def average_over_ranks(sums):
+    """{name: tuple of 0-dim tensors} -> {name: their mean over steps and ranks}, the only place of the loop that waits for the device."""
+    means = losses.mean_over_ranks(torch.stack([torch.stack(values).mean() for values in sums.values()]))
+    return dict(zip(sums, means.tolist()))
+
+
+def log(path, main_rank, **numbers):
+    if main_rank:
+        with open(path, "a") as file:
+            file.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}) + "\n")
+
+
+def final_table(run, train, val, main_rank):
+    """The probe's table of this run beside the same backbone as it was at the start."""
+    config, start = run.config, time.perf_counter()
+    torch.manual_seed(config.seed)
+    untrained = build_network(config).backbone.to(run.device)
+    rows = [("untrained", untrained, 1), (config.method, run.teacher.backbone, run.network.ratio)]
+    table = probe.judge(rows, train, val, config.img_size, run.device, run.autocast, config.workers, config.seed)
+    if main_rank:
+        probe.show(table, len(val.classes))
+        probe.append_results(os.path.join(config.out_dir, "results.json"), "probe", asdict(config), time.perf_counter() - start,
+                             probe.result_rows(table, config.seed, len(val)))
+
+
+if __name__ == "__main__":
+    with exit_on_usage_error():
+        main(sys.argv[1:])
