@@ -34,21 +34,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def queries_keys_values(self, x):
-        B, N, D = x.shape
-        return self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, N, D / heads)
+    def queries_keys_values(self, x, n):
+        """x (B, N, D) -> the queries of the first n tokens (B, heads, n, D / heads), the keys and values of all (B, heads, N, D / heads)."""
+        D, (weight, bias) = x.shape[-1], (self.qkv.weight, self.qkv.bias)
+        if n == x.shape[1]:
+            rows = self.qkv(x).split(D, -1)
+        else:
+            rows = F.linear(x[:, :n], weight[:D], bias[:D]), *F.linear(x, weight[D:], bias[D:]).split(D, -1)
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in rows]
 
     def weights(self, x):
-        q, k, _ = self.queries_keys_values(x)
+        q, k, _ = self.queries_keys_values(x, x.shape[1])
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, heads, N, N)
 
-    def forward(self, x):
+    def forward(self, x, n):
+        q, k, v = self.queries_keys_values(x, n)
         if x.is_cuda:
-            x = F.scaled_dot_product_attention(*self.queries_keys_values(x))
-        else:  # at 17 to 197 tokens the CPU's fused backward is slower than the plain products (bench.py)
-            q, k, v = self.queries_keys_values(x)
-            x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, N, D / heads) -> (B, N, D)
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:  # at 17 to 197 tokens the CPU's fused backward is slower than the plain products
+            with torch.autocast("cpu", enabled=False):  # softmax sums in fp32 but need not be stored so
+                x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, n, D / heads) -> (B, n, D)
 
 
 class Block(nn.Module):
@@ -60,13 +66,15 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = drop_path
 
-    def forward(self, x, draws=None):
-        """x (B, N, D); draws (B, 2) uniform in [0, 1): the sample's branch is dropped where they fall below the rate; None drops nothing."""
-        if draws is None or self.drop_path == 0:
-            x = x + self.attn(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        kept = ((draws >= self.drop_path) / (1 - self.drop_path))[:, :, None, None].unbind(1)  # 2 x (B, 1, 1)
-        x = x + kept[0] * self.attn(self.norm1(x))
+    def forward(self, x, draws=None, n=None):
+        """x (B, N, D) -> (B, n, D): the first n tokens (None: all), which attend to all N.
+
+        draws (B, 2) uniform in [0, 1): a sample's branch is dropped where they fall below the rate; None drops nothing."""
+        n = n or x.shape[1]
+        kept = (1.0, 1.0)
+        if draws is not None and self.drop_path:
+            kept = ((draws >= self.drop_path) / (1 - self.drop_path))[:, :, None, None].unbind(1)  # 2 x (B, 1, 1)
+        x = x[:, :n] + kept[0] * self.attn(self.norm1(x), n)
         return x + kept[1] * self.mlp(self.norm2(x))
 
 
@@ -114,7 +122,8 @@ class ViT(nn.Module):
         """x (B, 3, H, W) -> the normalised CLS token (B, dim). draws (B, depth, 2): drop path's uniforms, see Block."""
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if draws is None else draws[:, i])
+            only_cls = 1 if i == len(self.blocks) - 1 else None  # of the last block nothing else is used, so nothing else is computed
+            x = block(x, None if draws is None else draws[:, i], only_cls)
         return self.norm(x[:, 0])
 
     def tokens(self, x, n=1):
@@ -138,7 +147,8 @@ class ViT(nn.Module):
 
     def last_keys(self, x):
         """x (B, 3, H, W) -> the last block's keys, heads concatenated (B, 1+P, dim)."""
-        _, keys, _ = self.blocks[-1].attn.queries_keys_values(self._into_last_block(x))
+        x = self._into_last_block(x)
+        _, keys, _ = self.blocks[-1].attn.queries_keys_values(x, x.shape[1])
         return keys.transpose(1, 2).flatten(2)
 
 
