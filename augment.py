@@ -182,31 +182,32 @@ def _on_rows(x, mask, function):
 def warp(x, flip, angle, alpha, elastic_key):
     """Flip, then rotation about the centre, then elastic: x (N, 3, S, S) resampled once, bilinearly, outside is 0.
 
-    A grid runs backwards: an output pixel p lies at p + displacement in the rotated image, from there at R (p + displacement) in the flipped
-    one, and there at the mirrored x. Where p + displacement leaves the rotated square it must be black although the rotation may lead
-    back into the picture, hence `inside`, the share of the bilinear footprint within the square."""
+    A grid runs backwards: an output pixel p lies at c = p + displacement in the rotated image, from there at c' = R c in the flipped one,
+    and there at the mirrored x. Where c leaves the rotated square the result must be black although R may lead back into the picture: the
+    gather, which is zero outside the picture, has weighted by the footprint of c' in the picture, and what counts is the smaller of c's and that."""
     N, _, S, _ = x.shape
     if not angle.any() and not alpha.any():
         return _on_rows(x, flip, lambda rows, _: rows.flip(-1))
     centres = (2 * torch.arange(S, device=x.device) + 1) / S - 1  # of pixels, in [-1, 1]
-    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).expand(N, S, S, 2)  # (x, y)
-    inside = None
-    if alpha.any():
-        chosen = alpha.nonzero()[:, 0]
-        on_device = chosen.to(x.device, non_blocking=True)
-        shift = elastic_displacement(alpha[chosen].to(x.device), elastic_key[chosen].to(x.device), S)  # (n, S, S, 2)
-        grid = grid.contiguous()
-        grid[on_device] += shift
-        inside = ((1 - grid[on_device].abs()) * S / 2 + 0.5).clamp(0, 1).prod(-1)  # (n, S, S)
-        inside[angle[chosen].to(x.device) == 0] = 1  # unrotated, the two squares are one, and grid_sample sees to its border
+    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).repeat(N, 1, 1, 1)  # (N, S, S, 2) of (x, y)
+    elastic = alpha.nonzero()[:, 0]
+    on_device = elastic.to(x.device, non_blocking=True)
+    if len(elastic):
+        grid[on_device] += elastic_displacement(alpha[elastic].to(x.device), elastic_key[elastic].to(x.device), S)
+        in_rotated = _inside(grid[on_device])  # (n, S, S)
     radians = torch.deg2rad(angle)
     mirror = 1 - 2.0 * flip
     matrix = torch.stack([mirror * radians.cos(), -mirror * radians.sin(), radians.sin(), radians.cos()], -1).view(N, 2, 2).to(x.device)
-    grid = (grid.reshape(N, S * S, 2) @ matrix.mT).view(N, S, S, 2)
+    grid = (grid.view(N, S * S, 2) @ matrix.mT).view(N, S, S, 2)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if inside is not None:
-        x[on_device] *= inside[:, None]
+    if len(elastic):
+        x[on_device] *= (in_rotated / _inside(grid[on_device]).clamp(min=1e-6)).clamp(max=1)[:, None]
     return x
+
+
+def _inside(grid):
+    """grid (n, S, S, 2) -> (n, S, S): the share of a pixel's bilinear footprint that lies within the square."""
+    return ((1 - grid.abs()) * grid.shape[1] / 2 + 0.5).clamp(0, 1).prod(-1)
 
 
 def elastic_displacement(alpha, keys, S):

@@ -97,18 +97,20 @@ class _ChosenClasses(torchvision.datasets.ImageFolder):
         super().__init__(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS), allow_empty=True)
 
     def find_classes(self, directory):
-        there = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-        names = [name for name in there if name in self.chosen] if self.chosen else there
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and (not self.chosen or entry.name in self.chosen))
         return names, {name: i for i, name in enumerate(names)}
 
 
 def _labelled_folder(folder, class_file):
     chosen = read_classes(class_file) if class_file else None
-    found = _ChosenClasses(str(folder), chosen)
-    if chosen and len(found.classes) < len(chosen):
-        missing = sorted(set(chosen) - set(found.classes))
+    there = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    missing = sorted(set(chosen or ()) - set(there))
+    if missing:
         raise UsageError(f"{folder}: {len(missing)} of the {len(chosen)} classes of {class_file} are not there, such as {missing[0]}; "
                          "mend the list or the folder")
+    if not there:
+        raise UsageError(f"{folder}: holds no class folders; make it {folder}/CLASS/image.jpg, or for images without labels give data={folder}")
+    found = _ChosenClasses(str(folder), chosen)
     empty = sorted(set(range(len(found.classes))) - set(found.targets))
     if not found.samples or empty:
         what = f"class folder {found.classes[empty[0]]} holds" if found.samples else "holds"

@@ -1,0 +1,62 @@
+"""What the tests share: a small folder of images, the command lines of a tiny run, where the optional real data lie."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count()))
+SHARED = ROOT.parent / "shared" / "data"
+
+TINY = dict(arch="vit_micro", patch_size=8, img_size=32, local_size=16, local_crops=2, out_dim=64, head_hidden=32, head_bottleneck=16, batch_size=16,
+            epochs=2, warmup_epochs=1, workers=0, log_every=1, eval_every=0, device="cpu", precision="fp32", lr=2e-3, ema=0.9)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, loudly, where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """train/CLASS/*.png (10 classes x 8) and val/CLASS/*.png (10 x 4) of 32 px, the built-in shapes written out."""
+    import data
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 80), ("val", 40)):
+        images = data.shapes(split, 32, count)
+        for i in range(count):
+            path = root / split / images.classes[images.labels[i]] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torchvision.io.write_png(images.read(i), str(path))
+    return root
+
+
+def arguments(**knobs):
+    return [f"--{name}={value}" for name, value in {**TINY, **knobs}.items()]
+
+
+def tiny_config(**knobs):
+    from configurator import Config
+    return Config(**{**TINY, **knobs})
+
+
+def run_script(*command, processes=1, check=True, timeout=300, **environment):
+    """Run a script of the project, under torchrun for more than one process -> CompletedProcess with its text output."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -1,0 +1,189 @@
+"""Images from everywhere, broken ones included; the schedule of batches."""
+import os
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+from configurator import UsageError
+from conftest import SHARED, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def color(path, pixel=(0, 0)):
+    return data.decode(str(path))[:, pixel[1], pixel[0]].tolist()
+
+
+@pytest.mark.parametrize("mode, suffix, value, expected", [
+    ("RGB", "png", (200, 100, 50), [200, 100, 50]), ("RGB", "bmp", (200, 100, 50), [200, 100, 50]), ("RGB", "gif", (200, 100, 50), [200, 100, 50]),
+    ("RGB", "webp", (200, 100, 50), [200, 100, 50]), ("RGB", "tif", (200, 100, 50), [200, 100, 50]), ("RGB", "jpg", (200, 100, 50), [200, 100, 50]),
+    ("L", "png", 77, [77] * 3), ("L", "jpg", 77, [77] * 3), ("1", "png", 1, [255] * 3), ("RGBA", "png", (200, 100, 50, 128), [200, 100, 50]),
+    ("LA", "png", (77, 10), [77] * 3), ("CMYK", "jpg", (255, 0, 0, 0), [0, 255, 255]), ("CMYK", "tif", (255, 0, 0, 0), [0, 255, 255]),
+    ("I;16", "png", 128 * 257, [128] * 3), ("I;16", "tif", 128 * 257, [128] * 3), ("P", "png", 5, [10, 20, 30]), ("P", "gif", 5, [10, 20, 30]),
+])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, value, expected):
+    image = Image.new(mode, (9, 6), value)
+    if mode == "P":
+        image.putpalette([0] * 15 + [10, 20, 30])
+    path = tmp_path / f"x.{suffix}"
+    image.save(path, **dict(lossless=True) if suffix == "webp" else {}, **dict(transparency=0) if mode == "P" and suffix == "png" else {})
+    decoded = data.decode(str(path))
+    assert decoded.dtype == torch.uint8 and decoded.shape == (3, 6, 9)
+    assert np.abs(np.array(color(path, (4, 3))) - expected).max() <= (8 if suffix == "jpg" else 1)
+
+
+def test_exif_rotation_and_animation(tmp_path):
+    image = Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(20, 40, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.decode(str(tmp_path / "turned.jpg")).shape == (3, 40, 20)
+    frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert color(tmp_path / "moving.gif")[0] > 240
+
+
+BROKEN = {"zero.jpg": b"", "text.jpg": b"hello", "cut.jpg": None, "noise.png": b"\x89PNG\r\n\x1a\n" + bytes(50)}
+
+
+def make_tree(root, good, broken=()):
+    root.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(good):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(root / f"good {i} ä.png")
+    for name in broken:
+        if name == "cut.jpg":
+            Image.fromarray(rng.integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(root / name)
+            (root / name).write_bytes((root / name).read_bytes()[:300])
+        elif name == "dangling.png":
+            (root / name).symlink_to(root / "nowhere.png")
+        else:
+            (root / name).write_bytes(BROKEN[name])
+    return root
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "dangling.png"])
+def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
+    root = make_tree(tmp_path / "tree", 120, [name])
+    (root / "folder.jpg").mkdir()  # a directory is no image file
+    images = data.open_images(str(root), "train")
+    assert len(images) == 121
+    config = tiny_config(batch_size=121)
+    global_crops, _, _, _, broken = next(iter(data.train_loader(images, config, 0, 1, 0, 1, CPU)))
+    assert len(global_crops) == 121 and [os.path.basename(path) for path, _ in broken] == [name]
+    said, files = [], data.BrokenFiles(len(images))
+    files.report(broken, said.append)
+    files.report(broken, said.append)
+    assert len(said) == 1 and name in said[0]
+
+
+def test_more_than_one_percent_broken_stops(tmp_path):
+    images = data.open_images(str(make_tree(tmp_path / "tree", 20, ["zero.jpg"])), "train")
+    *_, broken = next(iter(data.train_loader(images, tiny_config(batch_size=21), 0, 1, 0, 1, CPU)))
+    with pytest.raises(UsageError, match="1 of 21 images are broken, more than 1%, such as .*zero.jpg"):
+        data.BrokenFiles(len(images)).report(broken, print)
+
+
+def test_folders(folder, tmp_path):
+    train, val = data.open_images(str(folder), "train"), data.open_images(str(folder), "val")
+    assert len(train) == 80 and len(val) == 40 and train.classes == val.classes == sorted(data.SHAPES)
+    assert train.labels.bincount().tolist() == [8] * 10
+    chosen = tmp_path / "list.txt"
+    chosen.write_text("# two of ten\ntee a letter\nkey\n")
+    some = data.open_images(str(folder), "train", str(chosen))
+    assert some.classes == ["key", "tee"] and len(some) == 16 and "key" in some.name(0)
+    flat = data.open_images(str(folder / "train" / "key"), "train")
+    assert len(flat) == 8 and (flat.labels == -1).all() and data.open_images(str(folder / "train" / "key"), "val") is None
+    deep = data.open_images(str(folder / "val"), "train")  # any tree: the class folders are just folders
+    assert len(deep) == 40 and (deep.labels == -1).all()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda t: dict(data=str(t / "nowhere")), "no such folder"),
+    (lambda t: dict(data="shape"), "did you mean 'shapes'"),
+    (lambda t: dict(data=str(t)), "no images in it"),
+    (lambda t: (t / "train").mkdir() or dict(data=str(t)), "holds no class folders"),
+    (lambda t: (t / "train" / "cat").mkdir(parents=True) or dict(data=str(t)), "holds no images"),
+    (lambda t: dict(data="shapes", classes="x.txt"), "shapes has none"),
+    (lambda t: (t / "c.txt").write_text("") and None or dict(data=str(t), classes=str(t / "c.txt")), "no train/CLASS folders"),
+    (lambda t: dict(data="cifar10", root=str(t)), "--download=True fetches it"),
+])
+def test_unusable_data_is_one_line(tmp_path, make, message):
+    knobs = make(tmp_path)
+    with pytest.raises(UsageError, match=message) as error:
+        data.open_images(split="train", **knobs)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_list_that_does_not_match_is_refused(folder, tmp_path):
+    path = tmp_path / "list.txt"
+    for content, message in (("key\nzebra\n", "1 of the 2 classes .* such as zebra"), ("", "lists no class"), ("key\nkey\n", "listed twice")):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            data.open_images(str(folder), "train", str(path))
+
+
+def test_torchvision_formats_are_read(tmp_path):
+    """CIFAR-10's own files on disk: pickled batches with md5 sums, so only a wrong sum can be told from here; STL-10's are raw bytes."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"not the real one")
+    with pytest.raises(UsageError, match="cifar10: not in"):
+        data.open_images("cifar10", "train", root=str(tmp_path))
+
+
+def test_in100_list_is_cmcs():
+    names = data.read_classes("configs/in100_classes.txt" if os.path.exists("configs/in100_classes.txt") else
+                              os.path.join(os.path.dirname(data.__file__), "configs/in100_classes.txt"))
+    assert len(names) == 100 and all(name[0] == "n" and len(name) == 9 for name in names)
+
+
+def test_shapes_are_a_function_of_seed_and_index():
+    a, b = data.shapes("train", 32, 40), data.shapes("train", 32, 60)
+    assert all(torch.equal(a.read(i), b.read(i)) for i in range(40)) and torch.equal(a.labels, b.labels[:40])
+    assert not torch.equal(a.read(0), data.shapes("val", 32, 40).read(0)) and not torch.equal(a.read(0), data.shapes("train", 32, 40, seed=1).read(0))
+    assert a.labels.bincount().tolist() == [4] * 10 and a.read(0).shape == (3, 32, 32)
+
+
+def test_schedule_is_a_permutation_an_epoch_split_among_ranks():
+    whole = list(data.Schedule(50, 12, 3, 0, 8))
+    assert len(whole) == 8 and [epoch for batch in whole for epoch, _ in batch[:1]] == [0] * 4 + [1] * 4
+    for epoch in range(2):
+        indices = [i for batch in whole[4 * epoch:4 * epoch + 4] for _, i in batch]
+        assert len(set(indices)) == 48
+    assert [i for _, i in whole[0]] != [i for _, i in whole[4]]
+    assert list(data.Schedule(50, 12, 3, 5, 8)) == whole[5:]  # a resumed run sees what it would have seen
+    for world in (2, 3, 4):
+        ranks = [list(data.Schedule(50, 12, 3, 0, 8, rank, world)) for rank in range(world)]
+        assert [sum(batches, []) for batches in zip(*ranks)] == whole
+    assert list(data.Schedule(50, 12, 4, 0, 1)) != whole[:1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(folder, workers):
+    images = data.open_images(str(folder), "train")
+    alone, many = ([batch for batch in data.train_loader(images, tiny_config(workers=n), 3, 6, 0, 1, CPU)] for n in (0, workers))
+    for a, b in zip(alone, many):
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4]))
+
+
+def test_eval_loader_visits_each_image_once(folder):
+    images = data.open_images(str(folder), "val")
+    labels = [torch.cat([batch[2] for batch in data.eval_loader(images, 32, 7, 0, CPU, rank, 3)]) for rank in range(3)]
+    assert [len(part) for part in labels] == [14, 13, 13]
+    assert torch.equal(torch.cat(labels).bincount(), images.labels.bincount())
+
+
+@pytest.mark.skipif(not (SHARED / "jpeg64.zip").exists(), reason="no ../shared/data here")
+def test_real_photographs(tmp_path):
+    import zipfile
+    with zipfile.ZipFile(SHARED / "jpeg64.zip") as archive:
+        archive.extractall(tmp_path)
+    images = data.open_images(str(tmp_path / "jpeg64"), "train")
+    assert len(images) == 64 and len(images.classes) == 64
+    batch = next(iter(data.eval_loader(images, 224, 64, 0, CPU)))
+    assert batch[0].shape == (64, 3, 224, 224) and not batch[3]

@@ -1,0 +1,103 @@
+"""The losses against the formulas written out: a double loop over pairs, in float64."""
+import math
+
+import pytest
+import torch
+
+import losses
+from model import ProjectionHead
+
+V, B, K = 5, 3, 11
+
+
+def textbook(student, teacher, center, student_temp, teacher_temp, term):
+    """mean over the pairs (i, v), v != i, and over images of term(q_i, p_v)."""
+    q = [torch.softmax((t - center) / teacher_temp, -1).detach() for t in teacher]
+    p = [torch.softmax(s / student_temp, -1) for s in student]
+    pairs = [term(q[i], p[v]).mean() for i in range(2) for v in range(len(student)) if v != i]
+    return sum(pairs) / len(pairs)
+
+
+CROSS_ENTROPY = lambda q, p: -(q * p.log()).sum(-1)
+DOT = lambda q, p: (q * p).sum(-1)
+COSINE = lambda q, p: torch.cosine_similarity(q, p, dim=-1)
+CASES = {"cross-entropy": (losses.dino_loss, CROSS_ENTROPY), "dot": (losses.orthogonality, DOT),
+         "cosine": (lambda *a: losses.orthogonality(*a, kind="cosine"), COSINE)}
+
+
+@pytest.mark.parametrize("views", [2, 3, V])
+@pytest.mark.parametrize("case", CASES)
+def test_pair_losses_and_their_gradients_are_the_double_loop_over_pairs(case, views):
+    ours, term = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.rand(n, B, K, generator=generator) * 2 - 1 for n in (views, 2))
+    center = 0.1 * torch.randn(K, generator=generator)
+    fast, slow = student.clone().requires_grad_(), student.double().requires_grad_()
+    expected = textbook(slow, teacher.double(), center.double(), 0.1, 0.04, term)
+    got = ours(fast, teacher, center, 0.1, 0.04)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
+    got.backward(), expected.backward()
+    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher = torch.randn(2, B, K, requires_grad=True)
+    student = torch.randn(V, B, K, requires_grad=True)
+    (losses.dino_loss(student, teacher, torch.zeros(K)) + losses.orthogonality(student, teacher, torch.zeros(K))).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+def test_losses_at_the_points_where_they_are_known():
+    uniform, certain = torch.zeros(V, B, K), torch.zeros(V, B, K)
+    certain[..., 3] = 100.0
+    center = torch.zeros(K)
+    assert losses.dino_loss(uniform, uniform[:2], center).item() == pytest.approx(math.log(K))
+    assert losses.dino_loss(certain, certain[:2], center).item() == pytest.approx(0, abs=1e-6)
+    assert losses.orthogonality(certain, certain[:2], center).item() == pytest.approx(1)
+    assert losses.orthogonality(uniform, uniform[:2], center).item() == pytest.approx(1 / K)
+    assert losses.orthogonality(uniform, uniform[:2], center, kind="cosine").item() == pytest.approx(1)
+    other = torch.zeros(2, B, K)
+    other[..., 4] = 100.0
+    assert losses.orthogonality(certain, other, center).item() == pytest.approx(0, abs=1e-6)
+    assert losses.teacher_entropy(uniform[:2], center, 0.04).item() == pytest.approx(math.log(K), rel=1e-5)
+
+
+def test_the_pair_of_a_view_with_itself_is_left_out():
+    """Only view 0 agrees with teacher view 0: that pair must not count."""
+    student, teacher = torch.zeros(2, 1, K), torch.zeros(2, 1, K)
+    student[0, 0, 1], teacher[0, 0, 1] = 100.0, 100.0
+    student[1, 0, 2], teacher[1, 0, 2] = 100.0, 100.0
+    assert losses.orthogonality(student, teacher, torch.zeros(K)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_bfloat16_logits_are_computed_in_float32():
+    student, teacher = torch.randn(V, B, K).bfloat16(), torch.randn(2, B, K).bfloat16()
+    assert losses.dino_loss(student, teacher, torch.zeros(K)).dtype == torch.float32
+    torch.testing.assert_close(losses.dino_loss(student, teacher, torch.zeros(K)), losses.dino_loss(student.float(), teacher.float(), torch.zeros(K)))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="dot.*cosine"):
+        losses.orthogonality(torch.zeros(V, B, K), torch.zeros(2, B, K), torch.zeros(K), kind="cos")
+
+
+def test_projection_regularization_counts_every_parameter_and_pushes_the_norms_together():
+    torch.manual_seed(0)
+    ir, ef = ProjectionHead(8, 12, hidden=16, bottleneck=4), ProjectionHead(3, 5, hidden=16, bottleneck=4)
+    value = losses.projection_regularization(ir, ef)
+    by_hand = abs(sum((p.double() ** 2).sum() for p in ef.parameters()) - sum((p.double() ** 2).sum() for p in ir.parameters()))
+    assert value.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert sum(1 for name, _ in ir.named_parameters() if "weight_g" in name) == 1  # the fixed gain is among them
+    value.backward()
+    sign = 1 if losses.squared_norm(ef) > losses.squared_norm(ir) else -1
+    for head, direction in ((ef, sign), (ir, -sign)):
+        for p in head.parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, 2 * direction * p.detach())
+
+
+def test_center_is_the_running_mean():
+    center, teacher = torch.randn(K), torch.randn(2, B, K)
+    expected = 0.9 * center + 0.1 * teacher.mean((0, 1))
+    losses.update_center(center, teacher.mean((0, 1)), 0.9)
+    torch.testing.assert_close(center, expected)
