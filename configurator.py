@@ -103,7 +103,7 @@ class Config:
 CHOICES = dict(method=("clever", "dino"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
                device=("auto", "cpu", "cuda"), precision=("auto", "bf16", "fp32"))
 _inf = float("inf")
-RANGES = dict(patch_size=(1, 1024), ratio=(0.01, 0.99), out_dim=(2, 2**24), out_dim_ef=(2, 2**24), head_hidden=(1, 2**20),
+RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), out_dim_ef=(2, 2**24), head_hidden=(1, 2**20),
               head_bottleneck=(1, 2**20), drop_path=(0, 0.99), student_temp=(1e-6, 100), teacher_temp=(1e-6, 100),
               teacher_temp_start=(1e-6, 100), teacher_temp_epochs=(0, _inf), center_momentum=(0, 1), ema=(0, 1), img_size=(8, 4096), local_size=(8, 4096),
               local_crops=(0, 100), workers=(0, 512), epochs=(1, _inf), batch_size=(1, _inf), max_batch_per_gpu=(1, _inf), lr=(0, 100),

@@ -113,7 +113,7 @@ def spread(z):
     """z (N, D) -> (std, effective rank), the two signs of collapse. std: of the L2-normalised z over the images, times sqrt(D): 1 when spread
     evenly over the sphere, 0 when all are one point. Rank: exp of the entropy of the covariance's spectrum, 1 .. D (Roy and Vetterli 2007)."""
     unit = F.normalize(z.double(), dim=-1)
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(unit.T)).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(unit.T))).clamp(min=0)
     share = eigenvalues / eigenvalues.sum().clamp(min=1e-300)
     rank = torch.special.entr(share).sum().exp()
     return (unit.std(0).mean() * math.sqrt(z.shape[1])).item(), rank.item()

@@ -1,0 +1,234 @@
+"""How fast, and against what: each row times our path and the textbook's, interleaved in one run, after checking that both compute the same.
+
+    python bench.py                    all rows, some five minutes on two CPU cores
+    python bench.py --rows=step        rows whose name contains 'step'
+    python bench.py --json=bench.json  also to a file
+
+Textbook: the same mathematics as the published scripts write it. A step in fp32, losses by a loop over pairs, every token through the last
+block, clip and EMA by a loop over parameters; the views image by image through torchvision's transforms on Pillow images."""
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as T
+from PIL import ImageFilter
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+import losses
+import train
+from augment import MEAN, RECIPES, STD, augment_views, crop_views
+from configurator import Config, UsageError, configure, exit_on_usage_error
+from draws import key
+from probe import choose_device, choose_precision
+
+
+@dataclass
+class BenchConfig:
+    """Knobs of bench.py."""
+    rows: str = ""        # only rows whose name contains this
+    repeats: int = 7      # of each side, after one warm-up; the medians are compared
+    device: str = "auto"
+    json: str = ""        # also write the rows to this file
+
+
+def must_agree(what, ours, textbook, rtol):
+    """Refuse to time two things that are not the same."""
+    if not abs(ours - textbook) <= rtol * abs(textbook):
+        raise UsageError(f"{what}: ours gives {ours:.6g}, the textbook {textbook:.6g}; a comparison of speed would mean nothing")
+
+
+# ------------------------------------------------------------------------------------------------ the training step
+
+
+def textbook_terms(config, student, teacher, centers, views):
+    """L_CL, L_Orth, L_PReg by the loop over pairs -> the terms, the teacher's logits."""
+    def forward(network, views):
+        z = torch.cat([network.backbone.tokens(images.flatten(0, 1))[0][:, 0] if hasattr(network.backbone, "tokens") else
+                       network.backbone(images.flatten(0, 1)) for images in views])
+        d = network.head_ir.mlp[0].in_features
+        return network.head_ir(z[:, :d]).chunk(sum(map(len, views))), network.head_ef(z[:, d:]).chunk(sum(map(len, views)))
+
+    with torch.no_grad():
+        t_ir, t_ef = forward(teacher, views[:1])
+    s_ir, s_ef = forward(student, views)
+    cross, dot, pairs = 0, 0, 0
+    for i in range(2):
+        for v in range(len(s_ir)):
+            if v != i:
+                q = F.softmax((t_ir[i] - centers["ir"]) / config.teacher_temp, dim=-1).detach()
+                cross = cross + torch.sum(-q * F.log_softmax(s_ir[v] / config.student_temp, dim=-1), dim=-1).mean()
+                q = F.softmax((t_ef[i] - centers["ef"]) / config.teacher_temp, dim=-1).detach()
+                dot = dot + torch.sum(q * F.softmax(s_ef[v] / config.student_temp, dim=-1), dim=-1).mean()
+                pairs += 1
+    norms = [sum(torch.norm(p) ** 2 for p in head.parameters()) for head in (student.head_ir, student.head_ef)]
+    return (cross / pairs, dot / pairs, (norms[1] - norms[0]).abs()), {"ir": torch.cat(t_ir), "ef": torch.cat(t_ef)}
+
+
+def textbook_step(run, views):
+    (cross, dot, preg), logits = textbook_terms(run.config, run.network, run.teacher, run.centers, views)
+    loss = cross + dot + run.config.lam * preg
+    loss.item()  # the scripts look at each loss
+    run.optimizer.zero_grad()
+    loss.backward()
+    for p in run.network.parameters():
+        if p.grad is not None:
+            norm = p.grad.norm(2)
+            if 3.0 / (norm + 1e-6) < 1:
+                p.grad.mul_(3.0 / (norm + 1e-6))
+    run.optimizer.step()
+    with torch.no_grad():
+        for p, q in zip(run.teacher.parameters(), run.network.parameters()):
+            p.mul_(0.996).add_((1 - 0.996) * q)
+        for name, t in logits.items():
+            run.centers[name] = run.centers[name] * 0.9 + t.mean(0) * 0.1
+    return loss
+
+
+def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
+    """Whole steps on random crops; ours includes the device stage of the views, the textbook gets ready views."""
+    knobs = dict(arch=arch, patch_size=patch_size, img_size=img_size, local_size=local_size, batch_size=batch, out_dim=out_dim, local_crops=8, warmup_epochs=0,
+                 freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch, device=device.type)
+    crops = torch.randint(0, 256, (batch, 2, 3, img_size, img_size), dtype=torch.uint8), torch.randint(0, 256, (batch, 8, 3, local_size, local_size), dtype=torch.uint8)
+    keys = key(0, torch.arange(batch))
+    exact, ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, **knobs), 1000, device)
+                         for precision, rate in (("fp32", 0.0), ("auto", 0.1), ("fp32", 0.0)))
+    slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
+    views = [v.to(device) for v in augment_views(crops[0].to(device), crops[1].to(device), keys, slow.recipe)]
+    terms, _ = textbook_terms(slow.config, slow.network, slow.teacher, slow.centers, views)
+    got = train.train_step(exact, 0, *crops, keys)
+    for name, expected in zip(("L_CL", "L_Orth", "L_PReg"), terms):
+        must_agree(name, got[name].item(), expected.item(), 1e-3)
+    return lambda: train.train_step(ours, 1, *crops, keys)["loss"].item(), lambda: textbook_step(slow, views).item(), batch
+
+
+# ------------------------------------------------------------------------------------------------ the views
+
+
+def textbook_views(recipe):
+    """The published scripts' transforms of the ten crops, on a Pillow image."""
+    def crop(size, scale, kind):
+        steps = [T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(0.5)]
+        steps += [T.RandomRotation((-recipe.rotate, recipe.rotate))] if recipe.rotate else []
+        steps += [T.RandomApply([T.ElasticTransform(alpha=recipe.elastic_alpha, sigma=5.0)], p=recipe.elastic)] if recipe.elastic else []
+        steps += [T.RandomApply([T.ColorJitter(*recipe.jitter_strength)], p=recipe.jitter), T.RandomGrayscale(recipe.grey)]
+        steps += [T.Lambda(lambda im: im.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))) if random.random() < recipe.blur[kind] else im)]
+        return T.Compose([*steps, T.RandomSolarize(128, recipe.solarize[kind]), T.ToTensor(), T.Normalize(MEAN, STD)])
+    return [crop(224, (0.4, 1.0), 0), crop(224, (0.4, 1.0), 1)] + [crop(96, (0.05, 0.4), 2)] * 8
+
+
+def views_row(recipe, n=8):
+    """All ten crops of decoded 440 x 440 images, on one core, from cropping to normalised floats."""
+    noise = torch.rand(n, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    images = (F.interpolate(noise, size=(440, 440), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    pictures, transforms, calls = [to_pil_image(image) for image in images], textbook_views(RECIPES[recipe]), iter(range(10**9))
+
+    def on_one_core(function):
+        def timed():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return function()
+            finally:
+                torch.set_num_threads(threads)
+        return timed
+
+    def ours():
+        keys = key(next(calls), torch.arange(n))
+        crops = [crop_views(image, k, 224, 96, 8, (0.4, 1.0), (0.05, 0.4)) for image, k in zip(images, keys)]
+        return augment_views(torch.stack([g for g, _ in crops]), torch.stack([l for _, l in crops]), keys, RECIPES[recipe])
+
+    def textbook():
+        views = [[transform(picture) for transform in transforms] for picture in pictures]
+        return [torch.stack([torch.stack(v[:2]) for v in views], 1), torch.stack([torch.stack(v[2:]) for v in views], 1)]
+
+    def moments(make):  # the draws differ, so distributions are compared: mean and std of pixels over a few batches
+        pixels = [torch.cat([make()[i].flatten() for _ in range(3)]) for i in range(2)]
+        return [f(p).item() for p in pixels for f in (torch.mean, torch.std)]
+
+    torch.manual_seed(0), random.seed(0)
+    for name, a, b in zip(("mean, global", "std, global", "mean, local", "std, local"), moments(ours), moments(textbook)):
+        must_agree(f"pixels' {name}", a + 5, b + 5, 0.05)  # means lie near 0: an absolute tolerance of a quarter of a std
+    return on_one_core(ours), on_one_core(textbook), n
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def loss_row(device, batch=16, K=65536):
+    """L_CL and L_Orth over ten views, forward and backward, from the logits."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ((torch.rand(n, batch, K, generator=generator) * 2 - 1).to(device) for n in (10, 2))
+    center = torch.zeros(K, device=device)
+
+    def run(function):
+        s = student.clone().requires_grad_()
+        loss = function(s)
+        loss.backward()
+        return loss.item()
+
+    def textbook(s):
+        total = 0
+        for i in range(2):
+            for v in range(10):
+                if v != i:
+                    q = F.softmax((teacher[i] - center) / 0.04, dim=-1)
+                    total = total + torch.sum(-q * F.log_softmax(s[v] / 0.1, dim=-1), dim=-1).mean() + torch.sum(q * F.softmax(s[v] / 0.1, dim=-1), dim=-1).mean()
+        return total / 18
+
+    ours = lambda s: losses.dino_loss(s, teacher, center) + losses.orthogonality(s, teacher, center)
+    must_agree("loss", run(ours), run(textbook), 1e-4)
+    return lambda: run(ours), lambda: run(textbook), batch
+
+
+ROWS = {
+    "step vit_tiny/8, 2x64+8x32, batch 32, K 4096": lambda device: step_row(device, "vit_tiny", 8, 64, 32, 32, 4096),
+    "step vit_tiny/16, 2x224+8x96, batch 8, K 65536": lambda device: step_row(device, "vit_tiny", 16, 224, 96, 8, 65536),
+    "step resnet18, 2x224+8x96, batch 4, K 65536": lambda device: step_row(device, "resnet18", 16, 224, 96, 4, 65536),
+    "views BAug, one core": lambda device: views_row("baug"),
+    "views CAug, one core": lambda device: views_row("caug"),
+    "views CAug+, one core": lambda device: views_row("caug+"),
+    "loss over 10 views, batch 16, K 65536": lambda device: loss_row(device),
+}
+
+
+def main(argv):
+    config = configure(BenchConfig, argv)
+    device = choose_device(config.device)
+    chosen = {name: make for name, make in ROWS.items() if config.rows in name}
+    if not chosen or config.repeats < 1:
+        raise UsageError(f"rows={config.rows}, repeats={config.repeats}: nothing to do; rows are {'; '.join(ROWS)}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {choose_precision('auto', device)[0]}; images per second, median of {config.repeats} (quartiles), interleaved\n")
+    print(f"{'':50}{'textbook':>24}{'ours':>24}{'ratio':>8}")
+    table = []
+    for name, make in chosen.items():
+        ours, textbook, images = make(device)
+        rates = {ours: [], textbook: []}
+        for repeat in tqdm(range(config.repeats + 1), desc=name, leave=False):
+            for side, seen in rates.items():
+                start = time.perf_counter()
+                side()
+                if repeat:  # the first is the warm-up
+                    seen.append(images / (time.perf_counter() - start))
+        row = {"row": name}
+        for label, seen in zip(("ours", "textbook"), rates.values()):
+            quartiles = statistics.quantiles(seen, n=4) if len(seen) > 1 else [seen[0]] * 3
+            row |= {label: statistics.median(seen), f"{label}_quartiles": [quartiles[0], quartiles[2]]}
+        row["ratio"] = row["ours"] / row["textbook"]
+        table.append(row)
+        cells = ["{:.4g} ({:.4g}..{:.4g})".format(row[label], *row[f"{label}_quartiles"]) for label in ("textbook", "ours")]
+        print(f"{name:50}{cells[0]:>24}{cells[1]:>24}{row['ratio']:7.2f}x", flush=True)
+    if config.json:
+        with open(config.json, "w") as file:
+            json.dump(dict(device=name, torch=torch.__version__, rows=table), file, indent=1)
+
+
+if __name__ == "__main__":
+    with exit_on_usage_error():
+        main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""CLeVER on ImageNet-100: the paper's main setting."""

@@ -1,0 +1,295 @@
+"""Training as a user runs it: schedules, one process equals two, killed equals uninterrupted, it learns, mistakes are one line."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import data
+import losses
+import train
+from augment import augment_views
+from conftest import ROOT, arguments, run_script, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def batch_of(images, config, step=0):
+    return next(iter(data.train_loader(images, config, step, step + 1, 0, 1, CPU)))[:3]
+
+
+def state(out_dir):
+    return torch.load(os.path.join(out_dir, "ckpt.pt"), weights_only=True)
+
+
+def logged(out_dir, name="loss"):
+    with open(os.path.join(out_dir, "log.jsonl")) as file:
+        return {line["step"]: line[name] for line in map(json.loads, file) if name in line}
+
+
+def assert_same(a, b, path="", **tolerance):
+    """Nested dicts and lists of tensors are equal: bit for bit, or within rtol and atol."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for name in a:
+            if name not in ("out_dir", "workers", "log_every"):
+                assert_same(a[name], b[name], f"{path}/{name}", **tolerance)
+    elif isinstance(a, (list, tuple)):
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{path}/{i}", **tolerance)
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, msg=path, equal_nan=False, **(tolerance or dict(rtol=0, atol=0)))
+    else:
+        assert a == b or tolerance, path
+
+
+# ------------------------------------------------------------------------------------------------ schedules and the step
+
+
+def test_schedules_at_their_ends():
+    config = tiny_config(epochs=20, warmup_epochs=5, lr=1e-3, batch_size=512, min_lr=1e-6)
+    lr = [train.learning_rate(step, config, 10) for step in range(200)]
+    assert lr[0] == 0 and lr[50] == pytest.approx(2e-3) and lr[199] == pytest.approx(1e-6) and max(lr) == lr[50]
+    assert lr[25] == pytest.approx(1e-3) and lr[124] + lr[125] == pytest.approx(2e-3 + 1e-6)
+    assert train.cosine(0, 0.996, 1, 100) == 0.996 and train.cosine(99, 0.996, 1, 100) == 1 and train.cosine(33, 0.04, 0.4, 67) == pytest.approx(0.22)
+    warm = tiny_config(teacher_temp=0.07, teacher_temp_start=0.03, teacher_temp_epochs=4)
+    assert [train.teacher_temperature(s, warm, 10) for s in (0, 20, 40, 90)] == pytest.approx([0.03, 0.05, 0.07, 0.07])
+    assert train.teacher_temperature(0, config, 10) == 0.04
+
+
+@pytest.mark.parametrize("method", ["clever", "dino"])
+def test_a_step_is_the_textbooks_step(folder, method):
+    """Loss by the loop over pairs, AdamW, clip, EMA and centre written out; weights, teacher and centres agree after two steps."""
+    from test_losses import CROSS_ENTROPY, DOT, textbook
+    config = tiny_config(method=method, drop_path=0.0, clip=0.05, freeze_last_layer=0, lam=0.01, warmup_epochs=0)
+    images = data.open_images(str(folder), "train")
+    run, slow = train.make_run(config, 5, CPU), train.make_run(config, 5, CPU)
+    student, teacher, centers = slow.network, slow.teacher, slow.centers
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in student.named_parameters()}
+    for step in range(2):
+        batch = batch_of(images, config, step)
+        got = train.train_step(run, step, *batch)
+
+        views = augment_views(*batch, slow.recipe)
+        s, t = student(views), teacher(views[:1])
+        loss = textbook(s[0], t[0], centers["ir"], 0.1, 0.04, CROSS_ENTROPY)
+        if method == "clever":
+            norms = [sum((p**2).sum() for p in head.parameters()) for head in (student.head_ir, student.head_ef)]
+            loss = loss + textbook(s[1], t[1], centers["ef"], 0.1, 0.04, DOT) + 0.01 * (norms[1] - norms[0]).abs()
+        student.zero_grad()
+        loss.backward()
+        torch.testing.assert_close(got["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
+        lr, decay, ema = train.learning_rate(step, config, 5), train.cosine(step, 0.04, 0.4, 10), train.cosine(step, 0.9, 1, 10)
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                if not p.requires_grad:
+                    continue
+                g = p.grad * min(1, 0.05 / (p.grad.norm().item() + 1e-6))
+                m, v = moments[name]
+                m.mul_(0.9).add_(0.1 * g), v.mul_(0.999).add_(0.001 * g * g)
+                p.mul_(1 - lr * (decay if p.ndim > 1 else 0))
+                p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+            for p, q in zip(teacher.parameters(), student.parameters()):
+                p.copy_(ema * p + (1 - ema) * q)
+            for head, logits in zip(centers, t):
+                centers[head].copy_(0.9 * centers[head] + 0.1 * logits.mean((0, 1)))
+        # where a gradient all but vanishes, Adam turns rounding into a step of up to lr
+        assert_same(dict(run.network.state_dict()), dict(student.state_dict()), rtol=1e-3, atol=2e-5)
+        assert_same(dict(run.teacher.state_dict()), dict(teacher.state_dict()), rtol=1e-3, atol=2e-5)
+        assert_same(run.centers, centers, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_stands_still_at_first_and_teacher_needs_no_gradient(folder):
+    config = tiny_config(freeze_last_layer=1, warmup_epochs=0)
+    run = train.make_run(config, 1, CPU)
+    before = run.network.head_ef.last_layer.weight_v.clone(), run.network.head_ef.mlp[0].weight.clone()
+    train.train_step(run, 0, *batch_of(data.open_images(str(folder), "train"), config))
+    assert torch.equal(before[0], run.network.head_ef.last_layer.weight_v) and not torch.equal(before[1], run.network.head_ef.mlp[0].weight)
+    assert not any(p.requires_grad for p in run.teacher.parameters())
+    train.train_step(run, 1, *batch_of(data.open_images(str(folder), "train"), config))
+    assert not torch.equal(before[0], run.network.head_ef.last_layer.weight_v)
+
+
+def test_accumulation_is_the_whole_batch(folder):
+    images = data.open_images(str(folder), "train")
+    results = []
+    for at_once in (16, 4):
+        config = tiny_config(max_batch_per_gpu=at_once, freeze_last_layer=0, drop_path=0.3, warmup_epochs=0, optimizer="sgd", lr=0.1)
+        run = train.make_run(config, 5, CPU)
+        terms = train.train_step(run, 0, *batch_of(images, config))
+        results.append((terms, dict(run.network.state_dict()), run.centers))
+    assert_same(results[0], results[1], rtol=1e-4, atol=1e-6)
+    assert [train.micro_batch(share, tiny_config(max_batch_per_gpu=most)) for share, most in ((16, 5), (12, 5), (7, 3), (8, 99))] == [4, 4, 1, 8]
+
+
+def test_regularised_parameters_are_the_matrices():
+    run = train.make_run(tiny_config(arch="resnet18"), 1, CPU)
+    decaying, free = (group["params"] for group in run.optimizer.param_groups)
+    assert all(p.ndim > 1 for p in decaying) and all(p.ndim == 1 for p in free)
+    assert len(decaying) + len(free) == sum(p.requires_grad for p in run.network.parameters())
+
+
+def test_bfloat16_step_is_close_to_float32(folder):
+    images, terms = data.open_images(str(folder), "train"), []
+    for precision in ("fp32", "bf16"):
+        config = tiny_config(precision=precision, drop_path=0.0)
+        run = train.make_run(config, 5, CPU)
+        terms.append(train.train_step(run, 0, *batch_of(images, config)))
+        assert all(p.dtype == torch.float32 for p in run.network.parameters())
+    for name in ("L_CL", "L_Orth", "L_PReg"):
+        torch.testing.assert_close(terms[0][name], terms[1][name], rtol=0.02, atol=1e-3)
+
+
+def test_compiled_step_is_the_eager_step(folder):
+    import shutil
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
+    images, terms = data.open_images(str(folder), "train"), []
+    for compiled in (False, True):
+        config = tiny_config(compile=compiled, warmup_epochs=0)
+        run = train.make_run(config, 5, CPU)
+        terms.append([train.train_step(run, step, *batch_of(images, config, step))["loss"] for step in range(2)])
+    torch.testing.assert_close(terms[0], terms[1], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+@pytest.mark.parametrize("knobs", [dict(), dict(method="dino"), dict(arch="resnet18", img_size=64, local_size=32, lr=0.002)], ids=["vit", "vit dino", "resnet with synchronised batch norm"])
+def test_two_processes_are_one(folder, tmp_path, knobs):
+    # SGD: Adam's first steps are signs of gradients, which turn rounding into differences of the size of a step
+    common = dict(data=folder, epochs=1, warmup_epochs=0, optimizer="sgd", freeze_last_layer=0, **{"lr": 0.02, **knobs})
+    for processes in (1, 2):
+        run_script("train.py", *arguments(out_dir=tmp_path / str(processes), **common), processes=processes)
+    one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
+    assert len(one) == 5
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    for name in ("student", "teacher", "centers"):
+        assert_same(state(tmp_path / "1")[name], state(tmp_path / "2")[name], rtol=1e-3, atol=2e-5)
+    judged = [logged(tmp_path / p, "knn_full") for p in "12"]
+    assert len(judged[0]) == 1 and list(judged[0].values()) == pytest.approx(list(judged[1].values()), abs=5)
+
+
+def test_killed_and_started_again_is_uninterrupted(folder, tmp_path):
+    """SIGKILL at moments of chance, mid-epoch and while writing: the end is the same, bit for bit, log included."""
+    command = [sys.executable, "train.py", *arguments(data=folder, epochs=8, save_every=2, drop_path=0.2, eval_every=4, workers=1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, f"--out_dir={tmp_path / 'whole'}"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    kills, rng = 0, random.Random(0)
+    for attempt in range(20):
+        process = subprocess.Popen([*command, f"--out_dir={tmp_path / 'cut'}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        if kills < 4:
+            target, begun = rng.randrange(3, 8) + 9 * kills, time.time()  # step to be reached
+            while process.poll() is None and time.time() - begun < 120:
+                try:
+                    if max(logged(tmp_path / "cut"), default=0) >= target:
+                        break
+                except (FileNotFoundError, ValueError):
+                    pass
+                time.sleep(0.003)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                process.stderr.close()
+                kills += 1
+                continue
+        assert process.wait() == 0, process.stderr.read()
+        process.stderr.close()
+        break
+    assert kills == 4
+    assert_same(state(tmp_path / "whole"), state(tmp_path / "cut"))
+    for name in ("loss", "L_Orth", "knn_full", "rank_ef"):
+        assert logged(tmp_path / "whole", name) == logged(tmp_path / "cut", name)
+
+
+def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, tmp_path):
+    knobs = dict(data=folder, out_dir=tmp_path / "run")
+    run_script("train.py", *arguments(**knobs))
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
+    assert set(before) == {"ckpt.pt", "backbone.pt", "log.jsonl", "config.json", "views.png"}
+    again = run_script("train.py", *arguments(**knobs, log_every=3))
+    assert "is finished" in again.stdout
+    other = run_script("train.py", *arguments(**knobs, seed=5), check=False)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "seed=0 there, 5 here" in other.stderr
+    after = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
+    assert after | {"config.json": 0} == before | {"config.json": 0}
+    (tmp_path / "run" / "ckpt.pt").unlink()  # also before the first checkpoint the folder belongs to its config
+    assert "seed=0 there" in run_script("train.py", *arguments(**knobs, seed=5), check=False).stderr
+
+
+def test_init_from_starts_a_new_schedule(folder, tmp_path):
+    run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a"))
+    config = tiny_config(init_from=str(tmp_path / "a" / "backbone.pt"), seed=9)
+    run = train.make_run(config, 5, CPU)
+    assert_same(dict(run.network.backbone.state_dict()), torch.load(tmp_path / "a" / "backbone.pt", weights_only=True))
+    assert_same(dict(run.teacher.state_dict()), dict(run.network.state_dict()))
+
+
+# ------------------------------------------------------------------------------------------------ what a person sees
+
+
+def test_it_learns(tmp_path):
+    """A minute's training on the built-in data: the probe of the class must clearly beat the untrained backbone's, and so must kNN."""
+    run_script("train.py", "configs/demo.py", "--epochs=6", f"--out_dir={tmp_path}", "--workers=0", "--eval_every=0", OMP_NUM_THREADS=str(os.cpu_count()))
+    [result] = json.loads((tmp_path / "results.json").read_text())
+    value = {(row["row"], row["part"], row["metric"]): row["value"] for row in result["rows"]}
+    assert value["clever", "full", "class"] > value["untrained", "full", "class"] + 8
+    assert value["clever", "full", "kNN"] > value["untrained", "full", "kNN"] + 5
+
+
+def test_without_arguments_it_says_what_it_is():
+    done = run_script("train.py")
+    assert "CLeVER" in done.stdout and "configs/demo.py" in done.stdout and "configs/in100_clever.py" in done.stdout
+    assert "--ratio=0.8" in run_script("train.py", "--help").stdout
+
+
+@pytest.mark.parametrize("knobs, message", [
+    (dict(lrr=1), "did you mean 'lr'"),
+    (dict(data="/nowhere"), "no such folder"),
+    (dict(patch_size=12), "not a multiple of patch_size=12"),
+    (dict(local_size=20), "local_size=20 is not a multiple"),
+    (dict(arch="vit_tyni"), "did you mean 'vit_tiny'"),
+    (dict(batch_size=800), "batch_size=800 exceeds the 80 images"),
+    (dict(device="cuda") if not torch.cuda.is_available() else dict(device="gpu"), "device=cuda: torch sees no GPU" if not torch.cuda.is_available() else "choose from"),
+    (dict(init_from="/nowhere.pt"), "No such file"),
+    (dict(ratio=0.001), "leaves one part"),
+    (dict(out_dir="/proc/nowhere"), "out_dir=/proc/nowhere"),
+])
+def test_mistakes_are_one_line_exit_code_2_and_nothing_written(folder, tmp_path, knobs, message):
+    out = tmp_path / "out"
+    done = run_script("train.py", *arguments(**{"data": folder, "out_dir": out, **knobs}), check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_more_ranks_than_the_batch_divides_into_is_one_line_a_rank(folder, tmp_path):
+    done = run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "out", batch_size=15), processes=2, check=False)
+    assert done.returncode != 0 and "batch_size=15 does not divide among 2 ranks: take 16" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_unlabelled_images_train(folder, tmp_path):
+    done = run_script("train.py", *arguments(data=folder / "train" / "key", out_dir=tmp_path, batch_size=8, epochs=2))
+    assert "no labels" in done.stdout and logged(tmp_path, "rank_full") and not logged(tmp_path, "knn_full")
+
+
+def test_collapse_is_said_in_plain_words():
+    config = tiny_config()
+    assert not list(train.collapse_warnings(dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=3, norm_ef=2.5), config))
+    said = list(train.collapse_warnings(dict(H_ef=4.158, std_ir=0.01, rank_ir=1.2, norm_ir=30.0, norm_ef=0.1), config))
+    assert len(said) == 3 and "ef output is all but uniform" in said[0] and "ir part has collapsed" in said[1] and "shrunk" in said[2]
+
+
+@pytest.mark.gpu
+def test_a_gpu_step_is_the_cpu_step(folder):
+    images, config = data.open_images(str(folder), "train"), tiny_config()
+    terms = [train.train_step(train.make_run(tiny_config(device=str(d.type)), 5, d), 0, *batch_of(images, config))["loss"].cpu()
+             for d in (CPU, torch.device("cuda", 0))]
+    torch.testing.assert_close(terms[0], terms[1], rtol=1e-3, atol=1e-3)
