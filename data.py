@@ -172,6 +172,7 @@ def _memory_images(pixels, labels, classes, name):
 
 SHAPES = ("arrow", "crescent", "cup", "drop", "flag", "house", "key", "ell", "mushroom", "tee")
 SHAPE_COUNTS = dict(train=8000, val=2000)
+TINT = 0.1  # how far a colour's channels spread
 UPRIGHT = 15  # degrees a shape may lean: so "which way is up" has an answer, and rotation by 90 degrees is something to predict
 
 
@@ -186,36 +187,45 @@ def shapes(split, size=64, count=None, seed=0):
     return _memory_images(pixels, labels, list(SHAPES), f"shapes {split}")
 
 
+def shape_facts(keys):
+    """What is free in an image of shapes: keys (n,) -> {'angle' (n,) degrees counter-clockwise from upright, 'radius' (n,) and 'center' (n, 2)
+    in half image sides, x right and y up, 'front' and 'back': two RGB colours each (n, 2, 3), 'waves' (n, 2, 4) of their textures}."""
+    u = uniforms(keys, 32)  # (n, 32); a column a property
+    radius = 0.5 + 0.3 * u[:, 1]
+    # shades of grey with a tint, light on dark or dark on light: were the colours free, they would be what tells images apart, and two
+    # minutes of training would find nothing else
+    tints, waves = u[:, 4:16].view(-1, 2, 2, 3), u[:, 16:24].view(-1, 2, 4)
+    shade = 0.45 + 0.1 * u[:, 24, None, None]
+    side = torch.where(u[:, 25] < 0.5, -0.35, 0.35)[:, None, None]
+    front, back = (shade + move + TINT * (tints[:, i] - 0.5) for i, move in ((0, side), (1, 0)))
+    return dict(angle=(2 * u[:, 0] - 1) * UPRIGHT, radius=radius, center=(2 * u[:, 2:4] - 1) * (0.9 - radius)[:, None], front=front, back=back, waves=waves)
+
+
 def draw_shapes(keys, labels, size):
     """keys (n,), labels (n,) index into SHAPES -> uint8 (n, 3, size, size)."""
-    u = uniforms(keys, 32)[:, :, None, None]  # (n, 32, 1, 1); a column a property
+    facts = {name: value[..., None, None] for name, value in shape_facts(keys).items()}
     centres = (2 * torch.arange(size) + 1) / size - 1
-    y, x = torch.meshgrid(centres, centres, indexing="ij")  # (size, size) in [-1, 1], y down
-    angle = torch.deg2rad((2 * u[:, 0] - 1) * UPRIGHT)
-    radius = 0.45 + 0.3 * u[:, 1]
-    dx, dy = x - (2 * u[:, 2] - 1) * (0.9 - radius), -(y - (2 * u[:, 3] - 1) * (0.9 - radius))  # shape's centre, y up
-    sx = (angle.cos() * dx + angle.sin() * dy) / radius  # shape's own coordinates, about [-1, 1]
-    sy = (-angle.sin() * dx + angle.cos() * dy) / radius
+    y, x = torch.meshgrid(-centres, centres, indexing="ij")  # (size, size) in [-1, 1], y up
+    angle, radius, (center_x, center_y) = torch.deg2rad(facts["angle"]), facts["radius"], facts["center"].unbind(1)
+    own_x = (angle.cos() * (x - center_x) + angle.sin() * (y - center_y)) / radius  # the shape's own coordinates (n, size, size)
+    own_y = (-angle.sin() * (x - center_x) + angle.cos() * (y - center_y)) / radius
     distance = torch.empty(len(keys), size, size)
     for label, name in enumerate(SHAPES):
         rows = labels == label
-        distance[rows] = _shape_distance(name, sx[rows], sy[rows])
+        distance[rows] = _shape_distance(name, own_x[rows], own_y[rows])
     cover = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # (n, 1, size, size), antialiased over one pixel
 
-    def textured(first):
-        """Two colours, mixed by a plane wave of free direction and length: from near-plain to stripes."""
-        colors = u[:, first:first + 6].view(-1, 2, 3, 1, 1)
-        direction, frequency, phase, contrast = 2 * math.pi * u[:, first + 6], 2 + 14 * u[:, first + 7], 2 * math.pi * u[:, first + 8], u[:, first + 9]
-        wave = torch.sin(frequency * (direction.cos() * x + direction.sin() * y) + phase)
+    def textured(colors, wave):
+        """Two colours (n, 2, 3, 1, 1), mixed by a plane wave of free direction, length, phase and contrast: from plain to stripes."""
+        direction, frequency, phase, contrast = wave.unbind(1)
+        direction = 2 * math.pi * direction
+        wave = torch.sin((2 + 14 * frequency) * (direction.cos() * x + direction.sin() * y) + 2 * math.pi * phase)
         mix = (0.5 + 0.5 * contrast * wave)[:, None]  # (n, 1, size, size)
         return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
 
-    front, back = textured(4), textured(14)
-    # a shape that has its background's brightness would be a matter of luck: move the two apart
-    gap = (front.mean((1, 2, 3)) - back.mean((1, 2, 3)))[:, None, None, None]
-    front = front + torch.where(gap >= 0, 1, -1) * (0.25 - gap.abs()).clamp(min=0)
-    image = back + cover * (front - back) + 0.06 * (uniforms(key(keys, 1), 3 * size * size).view(-1, 3, size, size) - 0.5)
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    front, back = textured(facts["front"], facts["waves"][:, 0]), textured(facts["back"], facts["waves"][:, 1])
+    grain = 0.06 * (uniforms(key(keys, 1), 3 * size * size).view(-1, 3, size, size) - 0.5)
+    return ((back + cover * (front - back) + grain).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _shape_distance(name, x, y):

@@ -313,7 +313,7 @@ def collapse_warnings(numbers, config):
         if numbers.get(f"std_{part}", 1) < 0.05 or numbers.get(f"rank_{part}", 9) < 1.5:
             yield (f"the representation's {part} part has collapsed (std {numbers[f'std_{part}']:.3f}, effective rank {numbers[f'rank_{part}']:.1f}): "
                    "lower lr, raise the batch size or the warm-up")
-    if numbers.get("norm_ef", 1) < 0.1 * numbers.get("norm_ir", 1):
+    if "norm_ef" in numbers and numbers["norm_ef"] < 0.1 * numbers["norm_ir"]:
         yield f"the ef head has shrunk to norm {numbers['norm_ef']:.2g} against the ir head's {numbers['norm_ir']:.2g}: raise lam"
 
 

@@ -282,7 +282,8 @@ def test_unlabelled_images_train(folder, tmp_path):
 
 def test_collapse_is_said_in_plain_words():
     config = tiny_config()
-    assert not list(train.collapse_warnings(dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=3, norm_ef=2.5), config))
+    assert not list(train.collapse_warnings(dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=30, norm_ef=25), config))
+    assert not list(train.collapse_warnings(dict(H_ir=1.0, std_full=0.9, rank_full=20, norm_ir=30), config))  # DINO has no ef head
     said = list(train.collapse_warnings(dict(H_ef=4.158, std_ir=0.01, rank_ir=1.2, norm_ir=30.0, norm_ef=0.1), config))
     assert len(said) == 3 and "ef output is all but uniform" in said[0] and "ir part has collapsed" in said[1] and "shrunk" in said[2]
 

@@ -1,0 +1,16 @@
+"""DINO on ImageNet-100, ViT-S/16: the baseline of in100_clever.py, all else equal.
+
+    torchrun --nproc_per_node=4 train.py configs/in100_dino.py --data=/path/to/imagenet
+
+Hardware and time as in100_clever.py. Aims at (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 73.2 / 71.0. Other backbones:
+    --arch=vit_tiny 66.2 / 62.6    --arch=resnet18 71.5 / 68.7    --arch=resnet50 78.4 / 76.4
+    --recipe=baug (vit_small) 75.9 / 50.7
+"""
+method = "dino"
+data = "data/imagenet"
+classes = "configs/in100_classes.txt"
+arch = "vit_small"
+recipe = "caug"
+epochs = 200
+batch_size = 512
+out_dir = "out/in100_dino"
