@@ -124,35 +124,43 @@ def spread(z):
 COLUMNS = ("class", "class, rotated", "which of 4 rotations", "kNN", "kNN, rotated")
 
 
-def judge(rows, train, val, size, device, autocast, workers=0, seed=0):
-    """rows: [(row name, backbone, ratio)] -> {(row name, part): [the five COLUMNS in %]}.
+def judge(models, train, val, size, device, autocast, workers=0, seed=0):
+    """models: [(row name, backbone, ratio)] -> the rows of results.json, one a number: {row, part, dims, test, metric, value in %, seed, n}.
 
     Class: a ridge probe fitted to clean training images, tested on the clean validation images and on the same turned by -90 .. 90 degrees
     (corners black). Rotation: a ridge probe for 0 / 90 / 180 / 270 degrees, fitted and tested on images turned exactly so. kNN as DINO's."""
-    table = {}
-    turns = [quarter_turn(n) for n in range(4)]
-    for row, backbone, ratio in rows:
+    rows, turns = [], [quarter_turn(n) for n in range(4)]
+    which_train, which_val = (torch.arange(4).repeat_interleave(len(images)) for images in (train, val))
+    chance = 100 / len(val.classes)
+
+    def add(row, part, dims, values):
+        rows.extend(dict(row=row, part=part, dims=dims, test="ro" if "rotated" in column else "orig", metric=column, value=round(value, 2), seed=seed, n=len(val))
+                    for column, value in zip(COLUMNS, values))
+
+    for row, backbone, ratio in models:
         on_train = features(backbone, train, turns, size, device, autocast, workers, progress=f"features of {row}, train")
         on_val = features(backbone, val, [*turns, perturbed("ro", seed)], size, device, autocast, workers, progress=f"features of {row}, val")
-        which_train, which_val = (torch.arange(4).repeat_interleave(len(images)) for images in (train, val))
-        whole = [parts(torch.cat(on_train), ratio), parts(torch.cat(on_val[:4]), ratio), parts(on_val[4], ratio)]
-        for part in whole[0]:
-            turned_train, turned_val, rotated = (of[part] for of in whole)
+        by_part = [parts(z, ratio) for z in (torch.cat(on_train), torch.cat(on_val[:4]), on_val[4])]
+        for part in by_part[0]:
+            turned_train, turned_val, rotated = (z[part] for z in by_part)
             clean_train, clean_val = turned_train[:len(train)], turned_val[:len(val)]
-            class_scores = ridge_accuracies(clean_train, train.labels, [(clean_val, val.labels), (rotated, val.labels)])
-            table[row, part] = [*class_scores, *ridge_accuracies(turned_train, which_train, [(turned_val, which_val)]),
-                                *(knn_accuracy(clean_train, train.labels, z, val.labels) for z in (clean_val, rotated))]
-            table[row, part].append(turned_train.shape[1])
-    return table
+            add(row, part, clean_train.shape[1],
+                [*ridge_accuracies(clean_train, train.labels, [(clean_val, val.labels), (rotated, val.labels)]),
+                 *ridge_accuracies(turned_train, which_train, [(turned_val, which_val)]),
+                 *(knn_accuracy(clean_train, train.labels, z, val.labels) for z in (clean_val, rotated))])
+    add("chance", "", "", [chance, chance, 25, chance, chance])
+    return rows
 
 
-def show(table, classes):
-    """Print judge's table, and what chance would give."""
-    print(f"\n{'accuracy in %':34}{'dims':>6}" + "".join(f"{column:>{max(9, len(column) + 3)}}" for column in COLUMNS))
-    for (row, part), (*values, dims) in table.items():
-        print(f"{row + ', ' + part:34}{dims:6}" + "".join(f"{value:{max(9, len(column) + 3)}.1f}" for value, column in zip(values, COLUMNS)))
-    chance = [100 / classes, 100 / classes, 25, 100 / classes, 100 / classes]
-    print(f"{'chance':34}{'':6}" + "".join(f"{value:{max(9, len(column) + 3)}.1f}" for value, column in zip(chance, COLUMNS)), flush=True)
+def table_lines(rows):
+    """judge's rows as the lines of a table, to be read on a screen and pasted into a README alike."""
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["row"], row["part"], row["dims"]), {})[row["metric"]] = row["value"]
+    yield f"| {'accuracy in %':27} | dims | " + " | ".join(COLUMNS) + " |"
+    yield "|---|--:|" + "--:|" * len(COLUMNS)
+    for (row, part, dims), values in cells.items():
+        yield f"| {row + (', ' + part if part else ''):27} | {dims:4} | " + " | ".join(f"{values[column]:{len(column)}.1f}" for column in COLUMNS) + " |"
 
 
 def append_results(path, task, protocol, seconds, rows):
@@ -170,12 +178,6 @@ def append_results(path, task, protocol, seconds, rows):
     with open(path + ".partial", "w") as file:
         json.dump(runs, file, indent=1)
     os.replace(path + ".partial", path)
-
-
-def result_rows(table, seed, n):
-    """judge's table as the rows of results.json."""
-    return [dict(row=row, part=part, dims=dims, test="ro" if "rotated" in column else "orig", metric=column, value=round(value, 2), seed=seed, n=n)
-            for (row, part), (*values, dims) in table.items() for column, value in zip(COLUMNS, values)]
 
 
 # ------------------------------------------------------------------------------------------------ devices
@@ -219,22 +221,21 @@ def main(argv):
         raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
     device = choose_device(config.device)
     precision, autocast = choose_precision(config.precision, device)
-    start, rows = time.perf_counter(), []
+    start, models = time.perf_counter(), []
     for path in filter(None, (config.ckpt, config.compare)):
         backbone, trained = load_backbone(path)
         name = trained.get("method", os.path.basename(path))
-        rows.append((name, backbone.to(device), trained["ratio"] if name == "clever" else 1))
+        models.append((name, backbone.to(device), trained["ratio"] if name == "clever" else 1))
     size = trained["img_size"]
     torch.manual_seed(config.seed)
-    rows.insert(0, ("untrained", build_backbone(trained["arch"], size, trained["patch_size"]).to(device), 1))
+    models.insert(0, ("untrained", build_backbone(trained["arch"], size, trained["patch_size"]).to(device), 1))
     train, val = (data.open_images(config.data, split, config.classes, config.data_root, img_size=size) for split in ("train", "val"))
     if val is None or train.labels.min() < 0:
         raise UsageError(f"data={config.data}: a probe needs labels, train/CLASS and val/CLASS folders")
-    table = judge(rows, train, val, size, device, autocast, config.workers, config.seed)
-    show(table, len(val.classes))
+    rows = judge(models, train, val, size, device, autocast, config.workers, config.seed)
+    print("\n".join(table_lines(rows)))
     out = config.out or os.path.dirname(config.ckpt) or "."
-    append_results(os.path.join(out, "results.json"), "probe", {**asdict(config), "precision": precision}, time.perf_counter() - start,
-                   result_rows(table, config.seed, len(val)))
+    append_results(os.path.join(out, "results.json"), "probe", {**asdict(config), "precision": precision}, time.perf_counter() - start, rows)
 
 
 if __name__ == "__main__":

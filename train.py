@@ -102,7 +102,7 @@ def train_step(run, step, global_crops, local_crops, keys):
 
         for head, t in zip(run.centers, (t_ir, t_ef)):
             teacher_means[head] = teacher_means.get(head, 0) + t.mean((0, 1)) / len(parts)  # (K,)
-            if step % config.log_every == 0:
+            if is_logged(step, run):
                 terms[f"H_{head}"] = losses.teacher_entropy(t, run.centers[head], teacher_temp)
         for name, value in {"loss": loss, **terms}.items():
             logged[name] = logged.get(name, 0) + value.detach() / len(parts)
@@ -123,6 +123,11 @@ def train_step(run, step, global_crops, local_crops, keys):
     for head, mean in teacher_means.items():
         losses.update_center(run.centers[head], mean, config.center_momentum)
     return logged
+
+
+def is_logged(step, run):
+    """Every log_every steps and at the end of an epoch."""
+    return step % run.config.log_every == 0 or (step + 1) % run.steps_per_epoch == 0
 
 
 def micro_batch(share, config):
@@ -215,6 +220,8 @@ def restore(run):
     if not os.path.exists(path):
         return 0
     checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or "optimizer" not in checkpoint:
+        raise UsageError(f"{path}: not a checkpoint that train.py can continue; move it away, or start from its weights with --init_from in another --out_dir")
     refuse_other_config(checkpoint["config"], run.config)
     run.network.load_state_dict(checkpoint["student"])
     run.teacher.load_state_dict(checkpoint["teacher"])
@@ -363,7 +370,7 @@ def main(argv):
             sums[name] = (*sums.get(name, ()), value)
 
         done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
-        if step % config.log_every == 0 or epoch_ends:
+        if is_logged(step, run):
             numbers = average_over_ranks(sums)
             if not math.isfinite(numbers["loss"]):
                 raise UsageError(f"the loss is {numbers['loss']} at step {step}: {config.out_dir}/ckpt.pt holds the last good state; lower lr, or try precision=fp32")
@@ -450,12 +457,11 @@ def final_table(run, train, val, main_rank):
     config, start = run.config, time.perf_counter()
     torch.manual_seed(config.seed)
     untrained = build_network(config).backbone.to(run.device)
-    rows = [("untrained", untrained, 1), (config.method, run.teacher.backbone, run.network.ratio)]
-    table = probe.judge(rows, train, val, config.img_size, run.device, run.autocast, config.workers, config.seed)
+    models = [("untrained", untrained, 1), (config.method, run.teacher.backbone, run.network.ratio)]
+    rows = probe.judge(models, train, val, config.img_size, run.device, run.autocast, config.workers, config.seed)
     if main_rank:
-        probe.show(table, len(val.classes))
-        probe.append_results(os.path.join(config.out_dir, "results.json"), "probe", asdict(config), time.perf_counter() - start,
-                             probe.result_rows(table, config.seed, len(val)))
+        print("\n" + "\n".join(probe.table_lines(rows)), flush=True)
+        probe.append_results(os.path.join(config.out_dir, "results.json"), "probe", asdict(config), time.perf_counter() - start, rows)
 
 
 if __name__ == "__main__":

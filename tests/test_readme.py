@@ -1,0 +1,36 @@
+"""The README keeps its word: quoted lines stand in the code, tables are those of results/."""
+import json
+import re
+
+import pytest
+
+import probe
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_quoted_lines_stand_in_the_code():
+    quoted = re.findall(r"^\|.*\| `(\w+\.py)` \| `(.+)` \|$", README, re.M)
+    assert len(quoted) >= 10
+    for file, line in quoted:
+        assert line in (ROOT / file).read_text(), (file, line)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_are_the_results(path):
+    assert f"results/{path.name}" in README
+    for result in json.loads(path.read_text()):
+        for line in probe.table_lines(result["rows"]):
+            assert line in README, line
+
+
+def test_the_commands_are_those_of_ci():
+    tests = re.search(r"^python3 -m venv .*pytest -q$", README, re.M).group()
+    assert tests.replace("pip install -r", "pip install -q -r") in (ROOT / ".ci" / "run").read_text()
+    assert "configs/demo.py" in README
+
+
+def test_every_module_and_config_is_named():
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in README, path.name
