@@ -7,6 +7,7 @@
 Textbook: the same mathematics as the published scripts write it. A step in fp32, losses by a loop over pairs, every token through the last
 block, clip and EMA by a loop over parameters; the views image by image through torchvision's transforms on Pillow images."""
 import json
+import os
 import random
 import statistics
 import sys
@@ -201,8 +202,10 @@ def main(argv):
     config = configure(BenchConfig, argv)
     device = choose_device(config.device)
     chosen = {name: make for name, make in ROWS.items() if config.rows in name}
-    if not chosen or config.repeats < 1:
-        raise UsageError(f"rows={config.rows}, repeats={config.repeats}: nothing to do; rows are {'; '.join(ROWS)}")
+    if not chosen:
+        raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(ROWS)}")
+    if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
+        raise UsageError(f"json={config.json}: its folder does not exist")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {choose_precision('auto', device)[0]}; images per second, median of {config.repeats} (quartiles), interleaved\n")
     print(f"{'':50}{'textbook':>24}{'ours':>24}{'ratio':>8}")

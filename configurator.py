@@ -85,16 +85,10 @@ class Config:
 
     def __post_init__(self):
         self.out_dim_ef = self.out_dim_ef or self.out_dim
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name}={getattr(self, name)!r}: choose from {', '.join(allowed)}" + nearest(getattr(self, name), allowed))
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UsageError(f"{name}={value}: must lie between {low} and {high}")
+        check(self)
         for name in ("global_scale", "local_scale"):
-            low, high = scale = getattr(self, name) if len(getattr(self, name)) == 2 else (0, 0)
-            if not 0 < low <= high <= 1:
+            scale = getattr(self, name)
+            if len(scale) != 2 or any(type(x) not in (int, float) for x in scale) or not 0 < scale[0] <= scale[1] <= 1:
                 raise UsageError(f"{name}={scale}: two shares of the image's area, 0 < low <= high <= 1")
         if self.warmup_epochs >= self.epochs:
             raise UsageError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: lower it")
@@ -108,13 +102,23 @@ RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), ou
               teacher_temp_start=(1e-6, 100), teacher_temp_epochs=(0, _inf), center_momentum=(0, 1), ema=(0, 1), img_size=(8, 4096), local_size=(8, 4096),
               local_crops=(0, 100), workers=(0, 512), epochs=(1, _inf), batch_size=(1, _inf), max_batch_per_gpu=(1, _inf), lr=(0, 100),
               min_lr=(0, 100), warmup_epochs=(0, _inf), weight_decay=(0, 100), weight_decay_end=(0, 100), clip=(0, _inf),
-              freeze_last_layer=(0, _inf), log_every=(1, _inf), eval_every=(0, _inf), save_every=(0, _inf), seed=(0, 2**31),
+              freeze_last_layer=(0, _inf), log_every=(1, _inf), eval_every=(0, _inf), save_every=(0, _inf), seed=(0, 2**31), repeats=(1, 1000),
               alpha=(-_inf, _inf), beta=(-_inf, _inf), lam=(0, _inf))
+
+
+def check(config):
+    """UsageError for a knob outside CHOICES or RANGES, of any script's dataclass: a name means the same in all of them."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UsageError(f"{name}={value!r}: choose from {', '.join(CHOICES[name])}" + nearest(value, CHOICES[name]))
+        if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+            raise UsageError(f"{name}={value}: must lie between {RANGES[name][0]} and {RANGES[name][1]}")
 
 
 def configure(cls, argv):
     """argv: [config.py] [--key=value ...] -> an instance of the dataclass `cls`. Raises UsageError; '--help' prints the knobs and exits."""
-    values = {}
+    values, file = {}, ""
     for arg in argv:
         if arg in ("-h", "--help"):
             print(knobs(cls))
@@ -125,10 +129,14 @@ def configure(cls, argv):
                 raise UsageError(f"{arg}: write it --{name}=value")
             values[name] = _parse(cls, name, text)
         elif arg.endswith(".py"):
-            values = {**_read_file(cls, arg), **values}
+            if file:
+                raise UsageError(f"{file} and {arg}: one config file a run; the rest by --key=value")
+            values, file = {**_read_file(cls, arg), **values}, arg
         else:
             raise UsageError(f"{arg}: neither a config file (.py) nor --key=value")
-    return cls(**values)
+    config = cls(**values)
+    check(config)
+    return config
 
 
 def nearest(name, names):
@@ -150,15 +158,16 @@ def knobs(cls):
 
 
 @contextlib.contextmanager
-def exit_on_usage_error():
+def exit_on_usage_error(when_interrupted="stopped"):
     """For `if __name__ == '__main__'`: a UsageError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         yield
     except UsageError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+        last_line = str(error).strip().splitlines()[-1].removeprefix("configurator.UsageError: ")  # what a loader's worker raised comes with its traceback
+        print(f"{os.path.basename(sys.argv[0])}: {last_line}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        print(when_interrupted, file=sys.stderr, flush=True)
         sys.exit(130)
 
 

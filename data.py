@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 from augment import center_crop, crop_views
@@ -34,6 +34,16 @@ class Images(NamedTuple):
 
     def __len__(self):
         return len(self.labels)
+
+
+def open_splits(data, classes="", root="data", download=False, img_size=64):
+    """-> the 'train' and 'val' Images of open_images, the second None where there is none; UsageError if their classes differ."""
+    train, val = (open_images(data, split, classes, root, download, img_size) for split in ("train", "val"))
+    if val is not None and val.classes != train.classes:
+        differ = sorted(set(val.classes) ^ set(train.classes))
+        raise UsageError(f"data={data}: train has {len(train.classes)} classes, val {len(val.classes)}, and they differ in {', '.join(differ[:3])}; "
+                         "give both the same class folders, or choose common ones with --classes")
+    return train, val
 
 
 def open_images(data, split, classes="", root="data", download=False, img_size=64):
@@ -62,7 +72,7 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
 
 
 def decode(path):
-    """An image file -> uint8 RGB (3, H, W), turned as its EXIF says; grey, CMYK, palette, alpha and 16 bit become RGB of 8; of an
+    """An image file -> uint8 RGB (3, H, W), turned as a JPEG's or PNG's EXIF says; grey, CMYK, palette, alpha and 16 bit become RGB of 8; of an
     animation the first frame. torchvision's codecs, Pillow for the formats and variants they do not read."""
     try:
         image = torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True)
@@ -74,11 +84,11 @@ def decode(path):
 
 def _decode_with_pillow(path):
     with Image.open(path) as file:
-        if file.mode.startswith(("I", "F")):  # 16 bit: Pillow's own conversion would clip it instead of scaling
+        if file.mode.startswith(("I", "F")):  # 16 bit, 32 bit or float: Pillow's own conversion would clip them instead of scaling
             grey = np.asarray(file, dtype=np.float32)
-            grey = (grey / (65535 if grey.max() > 255 else 255) * 255).astype(np.uint8)
-            return torch.from_numpy(grey)[None].expand(3, -1, -1)
-        return TF.pil_to_tensor(file.convert("RGB"))
+            full = 65535 if file.mode.startswith("I;16") or grey.max() > 255 else 1 if file.mode == "F" and grey.max() <= 1 else 255
+            return torch.from_numpy((grey.clip(0, full) * (255 / full)).round().astype(np.uint8))[None].expand(3, -1, -1)
+        return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
 
 
 def _read_file(paths, i):
@@ -109,7 +119,8 @@ def _labelled_folder(folder, class_file):
         raise UsageError(f"{folder}: {len(missing)} of the {len(chosen)} classes of {class_file} are not there, such as {missing[0]}; "
                          "mend the list or the folder")
     if not there:
-        raise UsageError(f"{folder}: holds no class folders; make it {folder}/CLASS/image.jpg, or for images without labels give data={folder}")
+        raise UsageError(f"{folder}: holds no class folders; sort its images into {folder}/CLASS/" +
+                         (f", or for images without labels give data={folder}" if folder.name == "train" else ", or remove it to train without kNN"))
     found = _ChosenClasses(str(folder), chosen)
     empty = sorted(set(range(len(found.classes))) - set(found.targets))
     if not found.samples or empty:
@@ -128,8 +139,9 @@ def _unlabelled_tree(folder):
 
 def read_classes(path):
     """A class list: one folder name a line; what follows a blank, and lines of #, are comments."""
+    shipped = Path(__file__).parent / path  # a config names its list from the project's folder, wherever it is started from
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = (Path(path) if Path(path).exists() else shipped).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"classes={path}: {getattr(error, 'strerror', None) or 'not a text file'}; configs/in100_classes.txt is one") from None
     names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]

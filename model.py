@@ -305,6 +305,9 @@ def read_checkpoint(path):
         raise UsageError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again") from None
 
 
+COUNTER = "num_batches_tracked"  # of batch norm, steps seen: files older than PyTorch 0.4.1 lack it, and at inference nothing needs it
+
+
 def load_backbone(path, part="teacher"):
     """Backbone weights -> (backbone in eval mode, config dict); prints what was loaded; never leaves a weight at random.
 
@@ -321,6 +324,8 @@ def load_backbone(path, part="teacher"):
         state = checkpoint[part]
     else:
         state = next((checkpoint[name] for name in ("state_dict", "model") if isinstance(checkpoint.get(name), dict)), checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UsageError(f"{path}: holds no weights by name; give a checkpoint or a state dict")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
@@ -330,7 +335,8 @@ def load_backbone(path, part="teacher"):
     if config and config.get("arch") != arch:
         raise UsageError(f"{path}: its config says {config.get('arch')}, its weights are those of {arch}")
     backbone = build_backbone(arch, img_size, patch_size)
-    backbone.load_state_dict(state, strict=True)
+    counters = {key: value for key, value in backbone.state_dict().items() if key.endswith(COUNTER)}
+    backbone.load_state_dict({**counters, **state}, strict=True)
     config = config or dict(arch=arch, img_size=img_size, patch_size=patch_size)
     print(f"loaded {path}: {config.get('method', 'foreign')} {arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters")
     return backbone.eval(), config
@@ -347,7 +353,7 @@ def _recognise(state, path):
     for arch in BACKBONES:
         with torch.device("meta"):
             expected = {key: tuple(value.shape) for key, value in build_backbone(arch, img_size, patch_size).state_dict().items()}
-        wrong = [key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key)]
+        wrong = [key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key) and not (key.endswith(COUNTER) and key not in shapes)]
         if not wrong and len(shapes) == len(state):
             return arch, img_size, patch_size
         if fewest is None or len(wrong) < len(fewest):

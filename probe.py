@@ -40,34 +40,37 @@ def quarter_turn(n):
 
 @torch.no_grad()
 def features(backbone, images, transforms, size, device, autocast, workers=0, batch_size=256, progress=""):
-    """z of every image under every transform: one pass over the decoded images -> list of float32 (N, dim), on `device`; all ranks share the
-    work and each gets everything. The backbone is put into eval mode for it and back."""
+    """z of every image under every transform, in one pass over the decoded images -> list of float32 (N, dim), labels (N,), on `device`.
+
+    All ranks share the work and each gets everything. The labels are those of what was read: a broken image's place is taken by the next
+    one, label included. The backbone is put into eval mode for it and back."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = data.eval_loader(images, size, batch_size, workers, device, rank, world)
     outputs = [torch.zeros(len(images), backbone.dim, device=device) for _ in transforms]
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     was_training, at = backbone.training, rank
-    broken = data.BrokenFiles(len(images))
+    broken = data.BrokenFiles(len(images) / world)
     backbone.eval()
-    for batch, keys, _, bad in tqdm(loader, desc=progress, leave=False, disable=rank > 0 or not progress, mininterval=0.5 if sys.stderr.isatty() else 60):
+    for batch, keys, label, bad in tqdm(loader, desc=progress, leave=False, disable=rank > 0 or not progress, mininterval=0.5 if sys.stderr.isatty() else 60):
         broken.report(bad, tqdm.write)
         batch = batch.to(device, non_blocking=True)
+        mine = slice(at, at + len(batch) * world, world)
+        labels[mine] = label.to(device)
         for transform, output in zip(transforms, outputs):
+            view = transform(batch, keys)  # fp32: outside of autocast
             with autocast():
-                z = backbone(transform(batch, keys))
-            output[at:at + len(batch) * world:world] = z.float()
+                output[mine] = backbone(view).float()
         at += len(batch) * world
     backbone.train(was_training)
-    for output in outputs if world > 1 else ():
-        dist.all_reduce(output)  # each row is zero but on one rank
-    return outputs
+    for tensor in (*outputs, labels) if world > 1 else ():
+        dist.all_reduce(tensor)  # each row is zero but on one rank
+    return outputs, labels
 
 
 def parts(z, ratio):
-    """z (N, D) -> {'full': z, 'ir': ..., 'ir as wide as ef': ..., 'ef': ...}; 'full' alone where ratio is 1, that is without a split."""
+    """z (N, D) -> {'full': z, 'ir': z_ir, 'ef': z_ef}; 'full' alone where ratio is 1, that is without a split."""
     z_ir, z_ef = split(z, ratio)
-    if ratio == 1:
-        return {"full": z}
-    return {"full": z, "ir": z_ir, "ir as wide as ef": z_ir[:, :z_ef.shape[1]], "ef": z_ef}
+    return {"full": z} if ratio == 1 else {"full": z, "ir": z_ir, "ef": z_ef}
 
 
 # ------------------------------------------------------------------------------------------------ judges
@@ -126,28 +129,32 @@ COLUMNS = ("class", "class, rotated", "which of 4 rotations", "kNN", "kNN, rotat
 
 def judge(models, train, val, size, device, autocast, workers=0, seed=0):
     """models: [(row name, backbone, ratio)] -> the rows of results.json, one a number: {row, part, dims, test, metric, value in %, seed, n}.
+    A second 'ir' row holds ir's first dimensions, as many as ef has: what ef is to be compared with.
 
     Class: a ridge probe fitted to clean training images, tested on the clean validation images and on the same turned by -90 .. 90 degrees
     (corners black). Rotation: a ridge probe for 0 / 90 / 180 / 270 degrees, fitted and tested on images turned exactly so. kNN as DINO's."""
     rows, turns = [], [quarter_turn(n) for n in range(4)]
     which_train, which_val = (torch.arange(4).repeat_interleave(len(images)) for images in (train, val))
     chance = 100 / len(val.classes)
+    common = dict(size=size, device=device, autocast=autocast, workers=workers)
 
     def add(row, part, dims, values):
         rows.extend(dict(row=row, part=part, dims=dims, test="ro" if "rotated" in column else "orig", metric=column, value=round(value, 2), seed=seed, n=len(val))
                     for column, value in zip(COLUMNS, values))
 
     for row, backbone, ratio in models:
-        on_train = features(backbone, train, turns, size, device, autocast, workers, progress=f"features of {row}, train")
-        on_val = features(backbone, val, [*turns, perturbed("ro", seed)], size, device, autocast, workers, progress=f"features of {row}, val")
-        by_part = [parts(z, ratio) for z in (torch.cat(on_train), torch.cat(on_val[:4]), on_val[4])]
-        for part in by_part[0]:
-            turned_train, turned_val, rotated = (z[part] for z in by_part)
+        on_train, train_y = features(backbone, train, turns, progress=f"features of {row}, train", **common)
+        on_val, val_y = features(backbone, val, [*turns, perturbed("ro", seed)], progress=f"features of {row}, val", **common)
+        by_part = [list(parts(z, ratio).items()) for z in (torch.cat(on_train), torch.cat(on_val[:4]), on_val[4])]
+        if ratio < 1:
+            for named in by_part:
+                named.insert(2, ("ir", named[1][1][:, :named[2][1].shape[1]]))
+        for (part, turned_train), (_, turned_val), (_, rotated) in zip(*by_part):
             clean_train, clean_val = turned_train[:len(train)], turned_val[:len(val)]
             add(row, part, clean_train.shape[1],
-                [*ridge_accuracies(clean_train, train.labels, [(clean_val, val.labels), (rotated, val.labels)]),
+                [*ridge_accuracies(clean_train, train_y, [(clean_val, val_y), (rotated, val_y)]),
                  *ridge_accuracies(turned_train, which_train, [(turned_val, which_val)]),
-                 *(knn_accuracy(clean_train, train.labels, z, val.labels) for z in (clean_val, rotated))])
+                 *(knn_accuracy(clean_train, train_y, z, val_y) for z in (clean_val, rotated))])
     add("chance", "", "", [chance, chance, 25, chance, chance])
     return rows
 
@@ -172,8 +179,11 @@ def append_results(path, task, protocol, seconds, rows):
         runs = []
     except ValueError:
         raise UsageError(f"{path}: not a JSON list of results; move it away") from None
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
-    runs.append(dict(task=task, protocol=protocol, commit=git.stdout.strip() or None, date=datetime.datetime.now().isoformat(timespec="seconds"),
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    runs.append(dict(task=task, protocol=protocol, commit=commit or None, date=datetime.datetime.now().isoformat(timespec="seconds"),
                      seconds=round(seconds, 1), rows=rows))
     with open(path + ".partial", "w") as file:
         json.dump(runs, file, indent=1)
@@ -189,13 +199,16 @@ def choose_device(name):
         raise UsageError("device=cuda: torch sees no GPU here; take --device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node, or take --device=cpu")
+    return torch.device("cuda", local_rank)
 
 
 def choose_precision(name, device):
     """'auto', 'bf16' or 'fp32' -> (the one it is, the autocast context to compute in). Parameters, losses and EMA are fp32 either way."""
     if name == "auto":
-        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if has_bf16 else "fp32"
     return name, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16")
 
@@ -221,20 +234,26 @@ def main(argv):
         raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
     device = choose_device(config.device)
     precision, autocast = choose_precision(config.precision, device)
-    start, models = time.perf_counter(), []
+    out = config.out or os.path.dirname(config.ckpt) or "."
+    if not os.path.isdir(out):
+        raise UsageError(f"{out}: no such folder; --out must be one, for results.json")
+    start, models, facts = time.perf_counter(), [], set()
     for path in filter(None, (config.ckpt, config.compare)):
         backbone, trained = load_backbone(path)
-        name = trained.get("method", os.path.basename(path))
-        models.append((name, backbone.to(device), trained["ratio"] if name == "clever" else 1))
+        facts.add((trained["arch"], trained["img_size"], trained["patch_size"]))
+        method = trained.get("method", "foreign")
+        name = method if method not in [name for name, *_ in models] else path
+        models.append((name, backbone.to(device), trained["ratio"] if method == "clever" else 1))
+    if len(facts) > 1:
+        raise UsageError(f"{config.ckpt} and {config.compare} differ in arch, img_size or patch_size ({facts}): a table must compare like with like")
     size = trained["img_size"]
     torch.manual_seed(config.seed)
     models.insert(0, ("untrained", build_backbone(trained["arch"], size, trained["patch_size"]).to(device), 1))
-    train, val = (data.open_images(config.data, split, config.classes, config.data_root, img_size=size) for split in ("train", "val"))
+    train, val = data.open_splits(config.data, config.classes, config.data_root, img_size=size)
     if val is None or train.labels.min() < 0:
         raise UsageError(f"data={config.data}: a probe needs labels, train/CLASS and val/CLASS folders")
     rows = judge(models, train, val, size, device, autocast, config.workers, config.seed)
     print("\n".join(table_lines(rows)))
-    out = config.out or os.path.dirname(config.ckpt) or "."
     append_results(os.path.join(out, "results.json"), "probe", {**asdict(config), "precision": precision}, time.perf_counter() - start, rows)
 
 

@@ -31,7 +31,7 @@ from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
 from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, synchronise_batch_norm
 
-MAY_CHANGE = ("workers", "max_batch_per_gpu", "device", "compile", "log_every", "eval_every", "save_every", "data_root", "download")  # on resume
+MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "device", "compile", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
 
 # ------------------------------------------------------------------------------------------------ schedules: functions of the step
 
@@ -85,25 +85,28 @@ def train_step(run, step, global_crops, local_crops, keys):
         # the views, [(2, B, 3, G, G), (L, B, 3, l, l)]; the teacher sees the global ones only
         views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
         draws = drop_path_draws(run.network.backbone, views, keys, config.drop_path)
-        with run.autocast():
-            with torch.no_grad():
-                t_ir, t_ef = run.teacher(views[:1])        # (2, B, K), (2, B, K_ef)
-            s_ir, s_ef = run.student(views, draws)         # (V, B, K), (V, B, K_ef)
+        is_last = i == len(parts) - 1
+        with nullcontext() if is_last or run.student is run.network else run.student.no_sync():  # ranks exchange gradients once
+            with run.autocast():
+                with torch.no_grad():
+                    t_ir, t_ef = run.teacher(views[:1])    # (2, B, K), (2, B, K_ef)
+                s_ir, s_ef = run.student(views, draws)     # (V, B, K), (V, B, K_ef)
 
-        # L = alpha L_CL + beta L_Orth + lambda L_PReg; DINO is L_CL alone, on the whole representation
-        terms = {"L_CL": losses.dino_loss(s_ir, t_ir, run.centers["ir"], config.student_temp, teacher_temp)}
-        loss = config.alpha * terms["L_CL"]
-        if config.method == "clever":
-            terms["L_Orth"] = losses.orthogonality(s_ef, t_ef, run.centers["ef"], config.student_temp, teacher_temp, config.orth)
-            terms["L_PReg"] = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
-            loss = loss + config.beta * terms["L_Orth"] + config.lam * terms["L_PReg"]
-        with nullcontext() if i == len(parts) - 1 or run.student is run.network else run.student.no_sync():  # ranks exchange gradients once
+            # L = alpha L_CL + beta L_Orth + lambda L_PReg; DINO is L_CL alone, on the whole representation
+            terms = {"L_CL": losses.dino_loss(s_ir, t_ir, run.centers["ir"], config.student_temp, teacher_temp)}
+            loss = config.alpha * terms["L_CL"]
+            if config.method == "clever":
+                terms["L_Orth"] = losses.orthogonality(s_ef, t_ef, run.centers["ef"], config.student_temp, teacher_temp, config.orth)
+                terms["L_PReg"] = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
+                loss = loss + config.beta * terms["L_Orth"] + config.lam * terms["L_PReg"]
             (loss / len(parts)).backward()
 
         for head, t in zip(run.centers, (t_ir, t_ef)):
             teacher_means[head] = teacher_means.get(head, 0) + t.mean((0, 1)) / len(parts)  # (K,)
             if is_logged(step, run):
                 terms[f"H_{head}"] = losses.teacher_entropy(t, run.centers[head], teacher_temp)
+        if is_logged(step, run):
+            terms["KL"] = terms["L_CL"] - terms["H_ir"]  # of student from teacher: what there is to learn
         for name, value in {"loss": loss, **terms}.items():
             logged[name] = logged.get(name, 0) + value.detach() / len(parts)
 
@@ -173,7 +176,7 @@ def make_run(config, steps_per_epoch, device, rank=0, world=1):
     if config.local_size % network.backbone.stride:
         raise UsageError(f"local_size={config.local_size} is not a multiple of {config.arch}'s {network.backbone.stride}: "
                          f"take {max(1, round(config.local_size / network.backbone.stride)) * network.backbone.stride}")
-    if config.init_from:
+    if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):  # a run that continues needs it no more
         given, facts = load_backbone(config.init_from)
         if [(name, p.shape) for name, p in given.named_parameters()] != [(name, p.shape) for name, p in network.backbone.named_parameters()]:
             raise UsageError(f"init_from={config.init_from}: holds {facts['arch']} for {facts['img_size']} px, patch {facts['patch_size']}; "
@@ -188,6 +191,7 @@ def make_run(config, steps_per_epoch, device, rank=0, world=1):
         student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                                             broadcast_buffers=False)
     if config.compile:
+        torch._dynamo.config.recompile_limit = 128  # a graph a block, resolution and network, for their drop path rates differ
         for net in (network, teacher):
             for block in getattr(net.backbone, "blocks", [net.backbone]):
                 block.compile(dynamic=False)
@@ -206,23 +210,29 @@ def make_optimizer(network, config):
     return torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(groups, fused=True)
 
 
-def save(run, step):
-    """ckpt.pt: all that the next step depends on, tensors and plain types; backbone.pt: the teacher's backbone for timm or torchvision."""
+def save(run, step, n_images):
+    """ckpt.pt: all that the next step depends on, tensors and plain types; backbone.pt: the teacher's backbone for timm or torchvision.
+
+    Weights that are not finite are not saved: UsageError, and the file keeps the last good state."""
     path = os.path.join(run.config.out_dir, "ckpt.pt")
-    save_atomically(dict(config=asdict(run.config), step=step, student=run.network.state_dict(), teacher=run.teacher.state_dict(),
+    if not torch.stack(torch._foreach_norm(list(run.network.parameters()))).isfinite().all():
+        raise UsageError(f"the weights are not finite at step {step}: {path} holds the last good state; lower lr, or try precision=fp32")
+    save_atomically(dict(config=asdict(run.config), step=step, images=n_images, student=run.network.state_dict(), teacher=run.teacher.state_dict(),
                          optimizer=run.optimizer.state_dict(), centers=run.centers), path)
-    save_atomically(run.teacher.backbone.state_dict(), os.path.join(run.config.out_dir, "backbone.pt"))
+    save_atomically({name: value.cpu() for name, value in run.teacher.backbone.state_dict().items()}, os.path.join(run.config.out_dir, "backbone.pt"))
 
 
-def restore(run):
+def restore(run, n_images):
     """Load out_dir/ckpt.pt into the run if there is one -> the step to do next."""
     path = os.path.join(run.config.out_dir, "ckpt.pt")
     if not os.path.exists(path):
         return 0
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "optimizer" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"config", "images", "optimizer"} <= checkpoint.keys():
         raise UsageError(f"{path}: not a checkpoint that train.py can continue; move it away, or start from its weights with --init_from in another --out_dir")
     refuse_other_config(checkpoint["config"], run.config)
+    if checkpoint["images"] != n_images:
+        raise UsageError(f"{run.config.data} has {n_images} images, and had {checkpoint['images']} when {path} was written: put them back, or choose another --out_dir")
     run.network.load_state_dict(checkpoint["student"])
     run.teacher.load_state_dict(checkpoint["teacher"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -253,7 +263,7 @@ def keep_log_until(path, step):
 # ------------------------------------------------------------------------------------------------ what a person sees
 
 
-def describe(run, n_images, step, world, precision, images):
+def describe(run, step, world, images):
     """The first screen of a run."""
     config = run.config
     line = ""
@@ -267,8 +277,8 @@ def describe(run, n_images, step, world, precision, images):
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     share = config.batch_size // world
     print(f"{config.method} {config.arch}: backbone {millions[0]:.2f} M parameters, with heads {millions[1]:.2f} M")
-    print(f"{n_images} images of {config.data}" + (f", {len(images.classes)} classes" if images.classes else ", no labels"))
-    print(f"{world} x {device}, {precision}; batch {config.batch_size} = {world} x {share // micro_batch(share, config)} x {micro_batch(share, config)} "
+    print(f"{len(images)} images of {config.data}" + (f", {len(images.classes)} classes" if images.classes else ", no labels"))
+    print(f"{world} x {device}, {config.precision}; batch {config.batch_size} = {world} x {share // micro_batch(share, config)} x {micro_batch(share, config)} "
           f"(ranks x accumulated x at once); peak lr {config.lr * config.batch_size / 256:.3g}")
     if step:
         print(f"continuing {config.out_dir} at step {step} of {config.epochs * run.steps_per_epoch}")
@@ -277,8 +287,8 @@ def describe(run, n_images, step, world, precision, images):
     print(flush=True)
 
 
-def picture_views(run, images, path):
-    """views.png: a row an image, first the image, then its two global and its local views as the network sees them."""
+def picture_views(run, images):
+    """views.png's pixels, on a tensor: a row an image, first the image, then its two global and its local views as the network sees them."""
     whole, global_crops, local_crops, keys = data.first_samples(images, run.config, 6)
     views = augment_views(global_crops, local_crops, keys, run.recipe)
     size = run.config.img_size
@@ -287,7 +297,7 @@ def picture_views(run, images, path):
         border = size - view.shape[-1]
         pictures.append(torch.nn.functional.pad(denormalize(view), (border // 2, border - border // 2) * 2, value=1.0))
     pictures = torch.cat(pictures).transpose(0, 1)  # (B, 1 + V, 3, size, size)
-    torchvision.utils.save_image(pictures.flatten(0, 1), path, nrow=pictures.shape[1], padding=max(2, size // 32), pad_value=1)
+    return torchvision.utils.make_grid(pictures.flatten(0, 1), nrow=pictures.shape[1], padding=max(2, size // 32), pad_value=1)
 
 
 def evaluate(run, train, val, workers):
@@ -298,15 +308,14 @@ def evaluate(run, train, val, workers):
     if run.network.head_ef:
         numbers["norm_ef"] = losses.squared_norm(run.network.head_ef).sqrt().item()
     labelled = val is not None and train.labels.min() >= 0
-    [on_train] = probe.features(run.teacher.backbone, train, [probe.perturbed("orig")], progress="kNN: features of train", **common)
+    [on_train], train_y = probe.features(run.teacher.backbone, train, [probe.perturbed("orig")], progress="kNN: features of train", **common)
     if labelled:
-        clean, rotated = probe.features(run.teacher.backbone, val, [probe.perturbed("orig"), probe.perturbed("ro")], progress="kNN: of val", **common)
+        on_val, val_y = probe.features(run.teacher.backbone, val, [probe.perturbed("orig"), probe.perturbed("ro")], progress="kNN: of val", **common)
     for part, z in probe.parts(on_train, ratio).items():
-        if part in ("full", "ir", "ef"):
-            numbers[f"std_{part}"], numbers[f"rank_{part}"] = probe.spread(z)
-            if labelled:
-                for name, of in (("knn", clean), ("knn_rotated", rotated)):
-                    numbers[f"{name}_{part}"] = probe.knn_accuracy(z, train.labels, probe.parts(of, ratio)[part], val.labels)
+        numbers[f"std_{part}"], numbers[f"rank_{part}"] = probe.spread(z)
+        if labelled:
+            for name, of in zip(("knn", "knn_rotated"), on_val):
+                numbers[f"{name}_{part}"] = probe.knn_accuracy(z, train_y, probe.parts(of, ratio)[part], val_y)
     return numbers
 
 
@@ -332,10 +341,12 @@ def main(argv):
         return print(greeting())
     config = configure(Config, argv)
     rank, world, device = join_processes(config)
-    precision, _ = probe.choose_precision(config.precision, device)
+    config.device, (config.precision, _) = device.type, probe.choose_precision(config.precision, device)  # resolved, for config.json and a resume elsewhere
+    if device.type == "cuda" and config.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32: the prototypes' logits
 
     # everything that can be wrong with what the user gave is found before anything is written
-    train, val = (data.open_images(config.data, split, config.classes, config.data_root, config.download, config.img_size) for split in ("train", "val"))
+    train, val = data.open_splits(config.data, config.classes, config.data_root, config.download, config.img_size)
     if config.batch_size % world:
         raise UsageError(f"batch_size={config.batch_size} does not divide among {world} ranks: take {math.ceil(config.batch_size / world) * world}")
     if config.batch_size > len(train):
@@ -343,17 +354,21 @@ def main(argv):
                          (f", and start fewer than {world} ranks" if world > len(train) else ""))
     steps_per_epoch = len(train) // config.batch_size
     run = make_run(config, steps_per_epoch, device, rank, world)
-    step, total = restore(run), config.epochs * steps_per_epoch
+    step, total = restore(run, len(train)), config.epochs * steps_per_epoch
+    if losses.mean_over_ranks(torch.tensor(float(step), device=device)) != step:
+        raise UsageError(f"out_dir={config.out_dir}: the machines do not see the same checkpoint there; give a folder that all of them share")
     main_rank, log_path = rank == 0, os.path.join(config.out_dir, "log.jsonl")
     if main_rank:
+        picture = picture_views(run, train) if step == 0 else None
         prepare_out_dir(config, step)
-        describe(run, len(train), step, world, precision, train)
+        describe(run, step, world, train)
         if step == 0:
-            picture_views(run, train, os.path.join(config.out_dir, "views.png"))
+            torchvision.utils.save_image(picture, os.path.join(config.out_dir, "views.png"))
         keep_log_until(log_path, step)
     if step == total:
         if main_rank:
-            print(f"{config.out_dir} is finished: nothing to do. Raise --epochs only with another --out_dir, for it changes the whole schedule")
+            print(f"{config.out_dir} is finished: nothing to train. Raise --epochs only with another --out_dir, for it changes the whole schedule")
+        finish(run, train, val, main_rank)
         return leave_processes()
 
     loader = data.train_loader(train, config, step, total, rank, world, device)
@@ -392,10 +407,9 @@ def main(argv):
             since = time.perf_counter()
         if epoch_ends or config.save_every and done % config.save_every == 0:
             if main_rank:
-                save(run, done)
+                save(run, done, len(train))
     bar.close()
-    if config.probe_at_end and val is not None:
-        final_table(run, train, val, main_rank)
+    finish(run, train, val, main_rank)
     leave_processes()
 
 
@@ -413,7 +427,6 @@ def join_processes(config):
     device = probe.choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products: the prototypes' logits
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -434,8 +447,9 @@ def prepare_out_dir(config, step):
             refuse_other_config(json.load(file), config)
     try:
         os.makedirs(config.out_dir, exist_ok=True)
-        with open(path, "w") as file:
+        with open(path + ".partial", "w") as file:
             json.dump(asdict(config), file, indent=1)
+        os.replace(path + ".partial", path)
     except OSError as error:
         raise UsageError(f"out_dir={config.out_dir}: {error.strerror}; choose another") from None
 
@@ -452,18 +466,23 @@ def log(path, main_rank, **numbers):
             file.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}) + "\n")
 
 
-def final_table(run, train, val, main_rank):
-    """The probe's table of this run beside the same backbone as it was at the start."""
+def finish(run, train, val, main_rank):
+    """With probe_at_end: the probe's table of this run beside the same backbone untrained, once."""
     config, start = run.config, time.perf_counter()
+    results = os.path.join(config.out_dir, "results.json")
+    if not config.probe_at_end or os.path.exists(results):
+        return
+    if val is None or train.labels.min() < 0:
+        return print("no table: a probe needs labels, train/CLASS and val/CLASS folders") if main_rank else None
     torch.manual_seed(config.seed)
     untrained = build_network(config).backbone.to(run.device)
     models = [("untrained", untrained, 1), (config.method, run.teacher.backbone, run.network.ratio)]
     rows = probe.judge(models, train, val, config.img_size, run.device, run.autocast, config.workers, config.seed)
     if main_rank:
         print("\n" + "\n".join(probe.table_lines(rows)), flush=True)
-        probe.append_results(os.path.join(config.out_dir, "results.json"), "probe", asdict(config), time.perf_counter() - start, rows)
+        probe.append_results(results, "probe", asdict(config), time.perf_counter() - start, rows)
 
 
 if __name__ == "__main__":
-    with exit_on_usage_error():
+    with exit_on_usage_error("stopped; the same command continues from the last checkpoint"):
         main(sys.argv[1:])

@@ -28,6 +28,7 @@ def test_defaults_file_and_command_line_override_in_this_order(tmp_path):
     ("--ratio=1.5", "must lie between"),
     ("--batch_size=0", "must lie between"),
     ("--local_scale=(0.5,)", "two shares"),
+    ("--local_scale=(0.5, None)", "two shares"),
     ("--global_scale=(0.9, 0.1)", "0 < low <= high"),
     ("--epochs=5", "warmup_epochs"),
     ("nowhere.py", "No such file"),

@@ -23,7 +23,7 @@ def color(path, pixel=(0, 0)):
     ("RGB", "webp", (200, 100, 50), [200, 100, 50]), ("RGB", "tif", (200, 100, 50), [200, 100, 50]), ("RGB", "jpg", (200, 100, 50), [200, 100, 50]),
     ("L", "png", 77, [77] * 3), ("L", "jpg", 77, [77] * 3), ("1", "png", 1, [255] * 3), ("RGBA", "png", (200, 100, 50, 128), [200, 100, 50]),
     ("LA", "png", (77, 10), [77] * 3), ("CMYK", "jpg", (255, 0, 0, 0), [0, 255, 255]), ("CMYK", "tif", (255, 0, 0, 0), [0, 255, 255]),
-    ("I;16", "png", 128 * 257, [128] * 3), ("I;16", "tif", 128 * 257, [128] * 3), ("P", "png", 5, [10, 20, 30]), ("P", "gif", 5, [10, 20, 30]),
+    ("I;16", "png", 128 * 257, [128] * 3), ("I;16", "tif", 128 * 257, [128] * 3), ("I;16", "tif", 257, [1] * 3), ("F", "tif", 0.5, [128] * 3), ("I", "tif", 128 * 257, [128] * 3), ("P", "png", 5, [10, 20, 30]), ("P", "gif", 5, [10, 20, 30]),
 ])
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, value, expected):
     image = Image.new(mode, (9, 6), value)
@@ -117,6 +117,17 @@ def test_unusable_data_is_one_line(tmp_path, make, message):
     with pytest.raises(UsageError, match=message) as error:
         data.open_images(split="train", **knobs)
     assert "\n" not in str(error.value)
+
+
+def test_train_and_val_must_have_the_same_classes(folder, tmp_path):
+    (tmp_path / "train").symlink_to(folder / "train")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "key").symlink_to(folder / "val" / "key")
+    with pytest.raises(UsageError, match="train has 10 classes, val 1, and they differ in arrow"):
+        data.open_splits(str(tmp_path))
+    (tmp_path / "list.txt").write_text("key\n")
+    train, val = data.open_splits(str(tmp_path), str(tmp_path / "list.txt"))
+    assert train.classes == val.classes == ["key"]
 
 
 def test_a_class_list_that_does_not_match_is_refused(folder, tmp_path):

@@ -166,6 +166,7 @@ def test_foreign_files_load_strictly(tmp_path):
                       "student": {f"module.backbone.{k}": v + 1 for k, v in vit.state_dict().items()} | {f"module.{k}": v for k, v in head.items()},
                       "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3},
         "torchvision": resnet.state_dict(),
+        "torchvision of 2017": {k: v for k, v in resnet.state_dict().items() if "num_batches_tracked" not in k},
         "wrapped": {"state_dict": {f"module.{k}": v for k, v in resnet.state_dict().items()}},
     }
     x = torch.randn(2, 3, 64, 64)
@@ -195,6 +196,8 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path):
         "missing key": ({k: v for k, v in vit.items() if k != "norm.bias"}, "nearest is vit_micro, where 1 entries differ, such as norm.bias"),
         "extra key": (vit | {"extra": torch.zeros(1)}, "extra"),
         "wrong shape": (vit | {"norm.bias": torch.zeros(7)}, "norm.bias"),
+        "numbered": ({0: torch.zeros(1)}, "no weights by name"),
+        "part without names": ({"teacher": torch.zeros(1)}, "no weights by name"),
         "not weights": ([1, 2], "holds a list"),
         "empty": ({}, "not the weights"),
         "no such part": ({"teacher": vit}, "no part 'student'; there is teacher"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import data
-import losses
 import train
 from augment import augment_views
+from configurator import UsageError
 from conftest import ROOT, arguments, run_script, tiny_config
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_compiled_step_is_the_eager_step(folder):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(method="dino"), dict(arch="resnet18", img_size=64, local_size=32, lr=0.002)], ids=["vit", "vit dino", "resnet with synchronised batch norm"])
+@pytest.mark.parametrize("knobs", [dict(), dict(method="dino"), dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005)], ids=["vit", "vit dino", "resnet with synchronised batch norm"])
 def test_two_processes_are_one(folder, tmp_path, knobs):
     # SGD: Adam's first steps are signs of gradients, which turn rounding into differences of the size of a step
     common = dict(data=folder, epochs=1, warmup_epochs=0, optimizer="sgd", freeze_last_layer=0, **{"lr": 0.02, **knobs})
@@ -222,6 +222,30 @@ def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, t
     assert after | {"config.json": 0} == before | {"config.json": 0}
     (tmp_path / "run" / "ckpt.pt").unlink()  # also before the first checkpoint the folder belongs to its config
     assert "seed=0 there" in run_script("train.py", *arguments(**knobs, seed=5), check=False).stderr
+
+
+def test_weights_that_are_not_finite_never_replace_the_good_checkpoint(folder, tmp_path):
+    run = train.make_run(tiny_config(out_dir=str(tmp_path)), 5, CPU)
+    train.save(run, 3, 80)
+    with torch.no_grad():
+        run.network.head_ir.mlp[0].weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match="not finite at step 4.*last good state"):
+        train.save(run, 4, 80)
+    assert state(tmp_path)["step"] == 3
+    with pytest.raises(UsageError, match="has 81 images, and had 80"):
+        train.restore(run, 81)
+    torch.save({"teacher": {}}, tmp_path / "ckpt.pt")
+    with pytest.raises(UsageError, match="not a checkpoint that train.py can continue"):
+        train.restore(run, 80)
+
+
+def test_backbone_file_is_torchvisions(tmp_path):
+    import torchvision
+    run = train.make_run(tiny_config(arch="resnet18", out_dir=str(tmp_path)), 5, CPU)
+    train.save(run, 1, 80)
+    theirs = torchvision.models.resnet18()
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=True)
 
 
 def test_init_from_starts_a_new_schedule(folder, tmp_path):
