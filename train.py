@@ -129,8 +129,13 @@ def train_step(run, step, global_crops, local_crops, keys):
 
 
 def is_logged(step, run):
-    """Every log_every steps and at the end of an epoch."""
-    return step % run.config.log_every == 0 or (step + 1) % run.steps_per_epoch == 0
+    """Every log_every steps, and before each checkpoint: so nothing but finite losses is saved, and a resumed run logs the same averages."""
+    return step % run.config.log_every == 0 or is_saved(step, run)
+
+
+def is_saved(step, run):
+    """Every save_every steps and at the end of an epoch."""
+    return (step + 1) % run.steps_per_epoch == 0 or run.config.save_every and (step + 1) % run.config.save_every == 0
 
 
 def micro_batch(share, config):
@@ -297,7 +302,9 @@ def picture_views(run, images):
         border = size - view.shape[-1]
         pictures.append(torch.nn.functional.pad(denormalize(view), (border // 2, border - border // 2) * 2, value=1.0))
     pictures = torch.cat(pictures).transpose(0, 1)  # (B, 1 + V, 3, size, size)
-    return torchvision.utils.make_grid(pictures.flatten(0, 1), nrow=pictures.shape[1], padding=max(2, size // 32), pad_value=1)
+    grid = torchvision.utils.make_grid(pictures.flatten(0, 1), nrow=pictures.shape[1], padding=max(2, size // 32), pad_value=1)
+    zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
+    return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
 
 
 def evaluate(run, train, val, workers):
@@ -321,12 +328,13 @@ def evaluate(run, train, val, workers):
 
 def collapse_warnings(numbers, config):
     """Plain words for numbers that mean a collapse; numbers: what was last logged and evaluated."""
-    for head, K in (("ir", config.out_dim), ("ef", config.out_dim_ef)):
+    for head, K, mend in (("ir", config.out_dim, "lower teacher_temp or lr, or train longer"),
+                          ("ef", config.out_dim_ef, "that alone brings L_Orth down to 1/K, and ef learns little from it; lower teacher_temp or raise beta")):
         entropy = numbers.get(f"H_{head}")
-        if entropy is not None and entropy > 0.98 * math.log(K):
-            yield f"the teacher's {head} output is all but uniform (entropy {entropy:.2f} of ln K = {math.log(K):.2f}): lower teacher_temp or lr, or train longer"
+        if entropy is not None and entropy > 0.99 * math.log(K):
+            yield f"the teacher's {head} output is all but uniform (entropy {entropy:.3f} of ln K = {math.log(K):.3f}): {mend}"
     for part in ("full", "ir", "ef"):
-        if numbers.get(f"std_{part}", 1) < 0.05 or numbers.get(f"rank_{part}", 9) < 1.5:
+        if numbers.get(f"std_{part}", 1) < 0.05 or numbers.get(f"rank_{part}", 9) < 1.02:
             yield (f"the representation's {part} part has collapsed (std {numbers[f'std_{part}']:.3f}, effective rank {numbers[f'rank_{part}']:.1f}): "
                    "lower lr, raise the batch size or the warm-up")
     if "norm_ef" in numbers and numbers["norm_ef"] < 0.1 * numbers["norm_ir"]:
@@ -405,9 +413,8 @@ def main(argv):
                 for warning in collapse_warnings(numbers | judged, config):
                     bar.write(f"WARNING: {warning}")
             since = time.perf_counter()
-        if epoch_ends or config.save_every and done % config.save_every == 0:
-            if main_rank:
-                save(run, done, len(train))
+        if main_rank and is_saved(step, run):
+            save(run, done, len(train))
     bar.close()
     finish(run, train, val, main_rank)
     leave_processes()

@@ -177,7 +177,7 @@ def test_two_processes_are_one(folder, tmp_path, knobs):
 
 def test_killed_and_started_again_is_uninterrupted(folder, tmp_path):
     """SIGKILL at moments of chance, mid-epoch and while writing: the end is the same, bit for bit, log included."""
-    command = [sys.executable, "train.py", *arguments(data=folder, epochs=8, save_every=2, drop_path=0.2, eval_every=4, workers=1)]
+    command = [sys.executable, "train.py", *arguments(data=folder, epochs=8, save_every=2, log_every=3, drop_path=0.2, eval_every=4, workers=1)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*command, f"--out_dir={tmp_path / 'whole'}"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
@@ -308,7 +308,7 @@ def test_collapse_is_said_in_plain_words():
     config = tiny_config()
     assert not list(train.collapse_warnings(dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=30, norm_ef=25), config))
     assert not list(train.collapse_warnings(dict(H_ir=1.0, std_full=0.9, rank_full=20, norm_ir=30), config))  # DINO has no ef head
-    said = list(train.collapse_warnings(dict(H_ef=4.158, std_ir=0.01, rank_ir=1.2, norm_ir=30.0, norm_ef=0.1), config))
+    said = list(train.collapse_warnings(dict(H_ef=4.158, std_ir=0.01, rank_ir=1.01, norm_ir=30.0, norm_ef=0.1), config))
     assert len(said) == 3 and "ef output is all but uniform" in said[0] and "ir part has collapsed" in said[1] and "shrunk" in said[2]
 
 
