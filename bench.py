@@ -198,6 +198,12 @@ ROWS = {
 }
 
 
+def table_line(row):
+    """A row of bench.json as a line of the table, for the screen and the README alike."""
+    cells = ("{:.4g} ({:.4g}..{:.4g})".format(row[side], *row[f"{side}_quartiles"]) for side in ("textbook", "ours"))
+    return f"| {row['row']:46} | " + " | ".join(f"{cell:22}" for cell in cells) + f" | {row['ratio']:.2f}x |"
+
+
 def main(argv):
     config = configure(BenchConfig, argv)
     device = choose_device(config.device)
@@ -206,9 +212,9 @@ def main(argv):
         raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(ROWS)}")
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {choose_precision('auto', device)[0]}; images per second, median of {config.repeats} (quartiles), interleaved\n")
-    print(f"{'':50}{'textbook':>24}{'ours':>24}{'ratio':>8}")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, {choose_precision('auto', device)[0]}; images per second, median of {config.repeats} (quartiles), interleaved\n")
+    print(f"| {'images per second':46} | {'textbook':22} | {'ours':22} | ratio |\n|---|--:|--:|--:|")
     table = []
     for name, make in chosen.items():
         ours, textbook, images = make(device)
@@ -225,11 +231,10 @@ def main(argv):
             row |= {label: statistics.median(seen), f"{label}_quartiles": [quartiles[0], quartiles[2]]}
         row["ratio"] = row["ours"] / row["textbook"]
         table.append(row)
-        cells = ["{:.4g} ({:.4g}..{:.4g})".format(row[label], *row[f"{label}_quartiles"]) for label in ("textbook", "ours")]
-        print(f"{name:50}{cells[0]:>24}{cells[1]:>24}{row['ratio']:7.2f}x", flush=True)
+        print(table_line(row), flush=True)
     if config.json:
         with open(config.json, "w") as file:
-            json.dump(dict(device=name, torch=torch.__version__, rows=table), file, indent=1)
+            json.dump(dict(device=machine, torch=torch.__version__, rows=table), file, indent=1)
 
 
 if __name__ == "__main__":

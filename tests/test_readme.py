@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import bench
 import probe
 from conftest import ROOT
 
@@ -17,7 +18,15 @@ def test_quoted_lines_stand_in_the_code():
         assert line in (ROOT / file).read_text(), (file, line)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+PROBES = sorted(path for path in (ROOT / "results").glob("*.json") if path.stem != "bench")
+
+
+def test_the_speed_table_is_benchs():
+    for row in json.loads((ROOT / "results" / "bench.json").read_text())["rows"]:
+        assert bench.table_line(row) in README, row["row"]
+
+
+@pytest.mark.parametrize("path", PROBES, ids=lambda path: path.stem)
 def test_tables_are_the_results(path):
     assert f"results/{path.name}" in README
     for result in json.loads(path.read_text()):
