@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import data
 import probe
 from augment import PERTURBATIONS
-from conftest import arguments, run_script, tiny_config
+from conftest import arguments, run_script
 from model import build_backbone
 
 CPU = torch.device("cpu")
