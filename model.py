@@ -268,9 +268,9 @@ class Network(nn.Module):
         return logits_ir, logits_ef
 
 
-def build_network(config, drop_path=0.0):
+def build_network(config):
     """A fresh Network as the knobs of `config` say (configurator.Config)."""
-    backbone = build_backbone(config.arch, config.img_size, config.patch_size, drop_path)
+    backbone = build_backbone(config.arch, config.img_size, config.patch_size, config.drop_path)
     ratio = config.ratio if config.method == "clever" else 1.0
     return Network(backbone, ratio, config.out_dim, config.out_dim_ef, config.head_hidden, config.head_bottleneck)
 

@@ -8,6 +8,7 @@ The same command started again continues where the last checkpoint is. A run wri
 (the teacher's backbone alone), log.jsonl, config.json, views.png (what the network sees).
 """
 import ast
+import copy
 import glob
 import json
 import math
@@ -174,10 +175,10 @@ def update_teacher(teacher, student, momentum):
 # ------------------------------------------------------------------------------------------------ start and continue
 
 
-def make_run(config, steps_per_epoch, device, rank=0, world=1):
+def make_run(config, steps_per_epoch, device, world=1):
     """Student, teacher (a copy), optimiser and centres, fresh from config.seed or from config.init_from."""
     torch.manual_seed(config.seed)
-    network, teacher = build_network(config, config.drop_path), build_network(config)
+    network = build_network(config)
     if config.local_size % network.backbone.stride:
         raise UsageError(f"local_size={config.local_size} is not a multiple of {config.arch}'s {network.backbone.stride}: "
                          f"take {max(1, round(config.local_size / network.backbone.stride)) * network.backbone.stride}")
@@ -187,10 +188,8 @@ def make_run(config, steps_per_epoch, device, rank=0, world=1):
             raise UsageError(f"init_from={config.init_from}: holds {facts['arch']} for {facts['img_size']} px, patch {facts['patch_size']}; "
                              f"this run is {config.arch}, {config.img_size} px, patch {config.patch_size}")
         network.backbone.load_state_dict(given.state_dict())
-    teacher.load_state_dict(network.state_dict())
-    teacher.requires_grad_(False)
-    network.to(device), teacher.to(device)
-    student = network
+    student = network.to(device)
+    teacher = copy.deepcopy(network).requires_grad_(False)  # it is called without draws, so it drops no path
     if world > 1:
         synchronise_batch_norm(network, device), synchronise_batch_norm(teacher, device)
         student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
@@ -361,7 +360,7 @@ def main(argv):
         raise UsageError(f"batch_size={config.batch_size} exceeds the {len(train)} images of {config.data}: lower it" +
                          (f", and start fewer than {world} ranks" if world > len(train) else ""))
     steps_per_epoch = len(train) // config.batch_size
-    run = make_run(config, steps_per_epoch, device, rank, world)
+    run = make_run(config, steps_per_epoch, device, world)
     step, total = restore(run, len(train)), config.epochs * steps_per_epoch
     if losses.mean_over_ranks(torch.tensor(float(step), device=device)) != step:
         raise UsageError(f"out_dir={config.out_dir}: the machines do not see the same checkpoint there; give a folder that all of them share")
