@@ -6,11 +6,14 @@
 
 Textbook: the same mathematics as the published scripts write it. A step in fp32, losses by a loop over pairs, every token through the last
 block, clip and EMA by a loop over parameters; the views image by image through torchvision's transforms on Pillow images."""
+import contextlib
+import io
 import json
 import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -21,11 +24,15 @@ from PIL import ImageFilter
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+import data
+import eval_linear
 import losses
+import probe
 import train
 from augment import MEAN, RECIPES, STD, augment_views, crop_views
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key
+from model import build_backbone
 from probe import choose_device, choose_precision
 
 
@@ -188,6 +195,47 @@ def loss_row(device, batch=16, K=65536):
     return lambda: run(ours), lambda: run(textbook), batch
 
 
+# ------------------------------------------------------------------------------------------------ the evaluations
+
+
+def features_row(device, n=512):
+    """z of 64-pixel images, from the decoded pixels on; textbook: image by image through torchvision's test transform, then every token in fp32."""
+    torch.manual_seed(0)
+    images, backbone = data.shapes("train", 64, n), build_backbone("vit_micro", 64, 8).to(device).eval()
+    transform = T.Compose([T.Resize(64, T.InterpolationMode.BICUBIC), T.CenterCrop(64), T.ToTensor(), T.Normalize(MEAN, STD)])
+    pictures = [to_pil_image(images.read(i)) for i in range(n)]
+
+    def ours(precision="auto"):
+        return probe.features(backbone, images, [probe.perturbed("orig")], 64, device, choose_precision(precision, device)[1])[0][0]
+
+    @torch.no_grad()
+    def textbook():
+        return torch.cat([backbone.tokens(torch.stack([transform(p) for p in some]).to(device))[0][:, 0] for some in (pictures[i:i + 256] for i in range(0, n, 256))])
+
+    must_agree("features", ours("fp32").square().mean().item(), textbook().square().mean().item(), 1e-3)
+    return ours, textbook, n
+
+
+def linear_row(device, n=2048, n_test=32):
+    """The whole linear evaluation against the cost of a single probe. Textbook: one classifier, one learning rate, clean test images. Ours: full,
+    ir and ef, five learning rates, nine perturbations. One epoch, and more test images for it than 100 epochs of ImageNet have."""
+    torch.manual_seed(0)
+    models = [probe.Model("clever", build_backbone("vit_micro", 64, 8).to(device).eval(), 0.8, "vit_micro")]
+    train_images, test_images = data.shapes("train", 64, n), data.shapes("val", 64, n_test)
+
+    def run(config, tests):
+        task = eval_linear.Task("linear", train_images, test_images, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations(tests))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            return eval_linear.linear_probe(models, task, config, 64, device, choose_precision("auto", device)[1], eval_linear.Partial(folder, dict(task="linear")))
+
+    everything = eval_linear.LinearConfig(ckpt="-", epochs=1, batch_size=256, workers=0)
+    single = eval_linear.LinearConfig(ckpt="-", epochs=1, batch_size=256, workers=0, part="full", lrs=())
+    ours, textbook = lambda: run(everything, everything.tests), lambda: run(single, "orig")
+    [fixed] = [row["value"] for row in ours() if (row["part"], row["test"], row["lr"]) == ("full", "orig", 0.001) and row["judge"] == "linear, lr 0.001"]
+    must_agree("accuracy at the fixed learning rate", fixed, textbook()[0]["value"], 1e-3)
+    return ours, textbook, n
+
+
 ROWS = {
     "step vit_tiny/8, 2x64+8x32, batch 32, K 4096": lambda device: step_row(device, "vit_tiny", 8, 64, 32, 32, 4096),
     "step vit_tiny/16, 2x224+8x96, batch 8, K 65536": lambda device: step_row(device, "vit_tiny", 16, 224, 96, 8, 65536),
@@ -196,6 +244,8 @@ ROWS = {
     "views CAug, one core": lambda device: views_row("caug"),
     "views CAug+, one core": lambda device: views_row("caug+"),
     "loss over 10 views, batch 16, K 65536": lambda device: loss_row(device),
+    "features, vit_micro/8 at 64 px": lambda device: features_row(device),
+    "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda device: linear_row(device),
 }
 
 

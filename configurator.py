@@ -94,7 +94,8 @@ class Config:
             raise UsageError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: lower it")
 
 
-CHOICES = dict(method=("clever", "dino"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
+CHOICES = dict(cut=("last", "every"), protocol=("paper", "fast"), mode=("finetune", "linear"),
+               method=("clever", "dino"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
                device=("auto", "cpu", "cuda"), precision=("auto", "bf16", "fp32"))
 _inf = float("inf")
 RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), out_dim_ef=(2, 2**24), head_hidden=(1, 2**20),
@@ -103,16 +104,19 @@ RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), ou
               local_crops=(0, 100), workers=(0, 512), epochs=(1, _inf), batch_size=(1, _inf), max_batch_per_gpu=(1, _inf), lr=(0, 100),
               min_lr=(0, 100), warmup_epochs=(0, _inf), weight_decay=(0, 100), weight_decay_end=(0, 100), clip=(0, _inf),
               freeze_last_layer=(0, _inf), log_every=(1, _inf), eval_every=(0, _inf), save_every=(0, _inf), seed=(0, 2**31), repeats=(1, 1000),
-              alpha=(-_inf, _inf), beta=(-_inf, _inf), lam=(0, _inf))
+              alpha=(-_inf, _inf), beta=(-_inf, _inf), lam=(0, _inf), held_out=(0.001, 0.9), views=(1, 1000), seeds=(1, 1000), blocks=(0, 1000),
+              lrs=(1e-9, 100), degrees=(0, 180))
 
 
 def check(config):
-    """UsageError for a knob outside CHOICES or RANGES, of any script's dataclass: a name means the same in all of them."""
+    """UsageError for a knob outside CHOICES or RANGES, of any script's dataclass: a name means the same in all of them. A default is always
+    right, for it may mean that the value is to be found out."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if name in CHOICES and value not in CHOICES[name]:
             raise UsageError(f"{name}={value!r}: choose from {', '.join(CHOICES[name])}" + nearest(value, CHOICES[name]))
-        if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
+        each = value if isinstance(value, tuple) else (value,)
+        if name in RANGES and value != field.default and any(type(v) not in (int, float) or not RANGES[name][0] <= v <= RANGES[name][1] for v in each):
             raise UsageError(f"{name}={value}: must lie between {RANGES[name][0]} and {RANGES[name][1]}")
 
 

@@ -1,6 +1,6 @@
 """Images and labels: the built-in shapes, folders, torchvision's data sets; one decoder; loaders whose every batch is a function of the step.
 
-    images = open_images("shapes" | "cifar10" | "cifar100" | "stl10" | folder, "train" | "val", ...)
+    images = open_images("shapes" | "cifar10" | ... | "pets" | folder, "train" | "val", ...)
     images.read(i) -> uint8 (3, H, W);  images.labels (N,) int64, -1 where unknown;  images.classes, a list of names
 """
 import functools
@@ -16,12 +16,20 @@ import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from augment import center_crop, crop_views
+from augment import center_crop, crop_views, random_crops
 from configurator import UsageError, nearest
 from draws import key, uniforms
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-TORCHVISION = ("cifar10", "cifar100", "stl10")
+_sets = torchvision.datasets
+TORCHVISION = {  # name -> its class, and the arguments for 'train' and for 'val', which is the official test set
+    "cifar10": (_sets.CIFAR10, [dict(train=True)], [dict(train=False)]),
+    "cifar100": (_sets.CIFAR100, [dict(train=True)], [dict(train=False)]),
+    "stl10": (_sets.STL10, [dict(split="train")], [dict(split="test")]),
+    "flowers102": (_sets.Flowers102, [dict(split="train"), dict(split="val")], [dict(split="test")]),  # the 1020 + 1020 images, as is usual
+    "food101": (_sets.Food101, [dict(split="train")], [dict(split="test")]),
+    "pets": (_sets.OxfordIIITPet, [dict(split="trainval")], [dict(split="test")]),
+}
 BROKEN_SHARE = 0.01  # of the data; more broken files than this and the data set is at fault, not the file
 
 
@@ -43,14 +51,17 @@ def open_splits(data, classes="", root="data", download=False, img_size=64):
         differ = sorted(set(val.classes) ^ set(train.classes))
         raise UsageError(f"data={data}: train has {len(train.classes)} classes, val {len(val.classes)}, and they differ in {', '.join(differ[:3])}; "
                          "give both the same class folders, or choose common ones with --classes")
+    for split, images in (("train", train), ("val", val)):
+        if images is not None and len(images) == 0:
+            raise UsageError(f"data={data}: its {split} split holds no images")
     return train, val
 
 
 def open_images(data, split, classes="", root="data", download=False, img_size=64):
     """-> Images of `data`'s split ('train' or 'val'), or None where a folder has no such split.
 
-    data: 'shapes', a torchvision name, or a folder: `train/CLASS/**` with or without `val/CLASS/**`, else any tree of images, without labels,
-    all of it 'train'. classes: a file with a class folder's name a line. root, download: torchvision's. img_size: what shapes are drawn at."""
+    data: 'shapes', a torchvision name, or a folder: `train/CLASS/**` with or without `val/CLASS/**`, the unpacked archive of CUB-200-2011,
+    else any tree of images, without labels, all of it 'train'. classes: a file with a class folder's name a line. root, download: torchvision's. img_size: what shapes are drawn at."""
     if classes and data in ("shapes", *TORCHVISION):
         raise UsageError(f"classes={classes}: a class list chooses among a folder's classes; {data} has none, leave it away")
     if data == "shapes":
@@ -65,6 +76,8 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
         return _labelled_folder(folder / split, classes) if (folder / split).is_dir() else None
     if classes:
         raise UsageError(f"classes={classes}: {data} has no train/CLASS folders to choose from")
+    if (folder / "train_test_split.txt").exists():
+        return _cub_archive(folder, split)
     return _unlabelled_tree(folder) if split == "train" else None
 
 
@@ -137,6 +150,24 @@ def _unlabelled_tree(folder):
     return _file_images(paths, [-1] * len(paths), [])
 
 
+def _cub_archive(folder, split):
+    """CUB-200-2011 as its archive unpacks: images.txt (id, path below images/), image_class_labels.txt (id, class), train_test_split.txt
+    (id, 1: train)."""
+    tables = []
+    for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt"):
+        try:
+            tables.append(dict(line.split() for line in (folder / name).read_text().splitlines() if line.strip()))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / name}: {getattr(error, 'strerror', None) or 'not two words a line'}; unpack the archive again") from None
+    paths, labels, is_train = tables
+    if not paths.keys() == labels.keys() == is_train.keys() or not set(is_train.values()) <= {"0", "1"} or not all(map(str.isdigit, labels.values())):
+        raise UsageError(f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt do not fit together; unpack the archive again")
+    of_label = {int(labels[i]): os.path.dirname(paths[i]) for i in paths}  # 1 -> 001.Black_footed_Albatross
+    numbers = sorted(of_label)
+    chosen = [i for i in paths if is_train[i] == ("1" if split == "train" else "0")]
+    return _file_images([str(folder / "images" / paths[i]) for i in chosen], [numbers.index(int(labels[i])) for i in chosen], [of_label[n] for n in numbers])
+
+
 def read_classes(path):
     """A class list: one folder name a line; what follows a blank, and lines of #, are comments."""
     shipped = Path(__file__).parent / path  # a config names its list from the project's folder, wherever it is started from
@@ -154,30 +185,84 @@ def read_classes(path):
 
 
 def _torchvision_images(name, split, root, download):
-    make, arguments = {
-        "cifar10": (torchvision.datasets.CIFAR10, dict(train=split == "train")),
-        "cifar100": (torchvision.datasets.CIFAR100, dict(train=split == "train")),
-        "stl10": (torchvision.datasets.STL10, dict(split="train" if split == "train" else "test")),
-    }[name]
+    make, *arguments = TORCHVISION[name]
     first = not dist.is_initialized() or int(os.environ["LOCAL_RANK"]) == 0
     try:
         if download and first:
-            make(root, download=True, **arguments)
+            for some in arguments[0] + arguments[1]:
+                make(root, download=True, **some)
         if dist.is_initialized():
             dist.barrier()  # one rank of each machine downloads, the others wait for it
-        images = make(root, **arguments)
-    except (RuntimeError, OSError) as error:
-        raise UsageError(f"data={name}: not in {root}/, or damaged ({str(error).splitlines()[0]}); --download=True fetches it, --data_root=... is "
-                         "where it lies") from None
-    pixels = torch.from_numpy(images.data)
-    pixels = pixels.permute(0, 3, 1, 2) if name != "stl10" else pixels  # uint8 (N, 3, H, W)
-    labels = images.labels if name == "stl10" else images.targets
-    return _memory_images(pixels, torch.as_tensor(labels, dtype=torch.int64), list(images.classes), name)
+        pieces = [make(root, **some) for some in arguments[split != "train"]]
+    except ImportError as error:
+        raise UsageError(f"data={name}: torchvision reads its labels with {error.name}: pip install {error.name}") from None
+    except (RuntimeError, OSError, ValueError, LookupError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"data={name}: not in {root}/, or damaged ({reason}); --download=True fetches it, --data_root=... is where it lies") from None
+    if hasattr(pieces[0], "data"):
+        [images] = pieces
+        pixels = torch.from_numpy(images.data)
+        pixels = pixels.permute(0, 3, 1, 2) if name != "stl10" else pixels  # uint8 (N, 3, H, W)
+        labels = images.labels if name == "stl10" else images.targets
+        return _memory_images(pixels, torch.as_tensor(labels, dtype=torch.int64), list(images.classes), name)
+    paths = [str(path) for piece in pieces for path in getattr(piece, "_images", None) or piece._image_files]
+    labels = [label for piece in pieces for label in piece._labels]  # torchvision tells paths and labels only one decoded image at a time
+    if any(not 0 <= label < len(pieces[0].classes) for label in labels):
+        raise UsageError(f"data={name}: {root}/ holds labels outside its {len(pieces[0].classes)} classes; fetch it again")
+    return _file_images(paths, labels, list(pieces[0].classes))
 
 
 def _memory_images(pixels, labels, classes, name):
     """pixels uint8 (N, 3, H, W), labels (N,) -> Images."""
     return Images(pixels.contiguous().__getitem__, labels, classes, f"{name} image {{}}".format)
+
+
+# ------------------------------------------------------------------------------------------------ subsets
+
+
+def subset(images, indices):
+    """The Images at `indices`, in that order."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    read, name = (functools.partial(_at, function, indices.tolist()) for function in (images.read, images.name))
+    return Images(read, images.labels[indices], images.classes, name)
+
+
+def _at(function, indices, i):
+    return function(indices[i])
+
+
+def hold_out(labels, share, seed):
+    """labels (N,) -> indices to fit on, indices held out: about `share` of the images, at least one, each class in its proportion."""
+    order = np.random.default_rng([seed, 1]).permutation(len(labels))
+    order = order[np.argsort(labels.numpy()[order], kind="stable")]  # class by class, shuffled within
+    n = max(1, round(share * len(labels)))
+    held = order[((np.arange(n) + 0.5) * len(labels) / n).astype(int)]  # evenly spaced
+    return np.setdiff1d(order, held), np.sort(held)
+
+
+def some_of_each(labels, share, seed):
+    """labels (N,) -> indices of `share` of each class's images, rounded, at least one, chosen by the seed."""
+    rng, chosen = np.random.default_rng([seed, 2]), []
+    for label in labels.unique().numpy():
+        members = np.flatnonzero(labels.numpy() == label)
+        chosen.append(rng.permutation(members)[:max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def listed(images, path):
+    """Indices of the images whose file names stand in the list `path`, one a line, as n01440764_10043.JPEG (SimCLR's imagenet_subsets/).
+    Lines of classes that the data do not have are passed over; UsageError if one of the others is missing."""
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"subset_list={path}: {getattr(error, 'strerror', None) or 'not a text file'}; SimCLR's imagenet_subsets/1percent.txt is one") from None
+    index = {os.path.basename(images.name(i)): i for i in range(len(images))}
+    wanted = [name for name in names if name.rsplit("_", 1)[0] in set(images.classes)]
+    missing = [name for name in wanted if name not in index]
+    if missing or not wanted:
+        raise UsageError(f"subset_list={path}: " + (f"{len(missing)} of its {len(wanted)} images of these classes are not in the data, such as {missing[0]}" if wanted else
+                         "none of its lines is of a class of the data, such as " + images.classes[0]) + "; without a list a stratified share is taken")
+    return np.array(sorted(index[name] for name in wanted))
 
 
 # ------------------------------------------------------------------------------------------------ built-in data: shapes
@@ -348,11 +433,24 @@ def _crops(config):
                              global_scale=config.global_scale, local_scale=config.local_scale)
 
 
-def eval_loader(images, size, batch_size, workers, device, rank=0, world=1, seed=0):
-    """Every world-th image from this rank's on, in order. A batch: centre crops uint8 (B, 3, size, size), keys, labels, broken."""
+def _make_crop(image, key_, size, scale):
+    return (random_crops(image, key(key_, 0), 1, size, scale)[0],)
+
+
+def crop_loader(images, size, scale, batch_size, seed, start, stop, workers, device, rank=0, world=1):
+    """The steps start .. stop-1 of a classifier's training, as train_loader. A batch: one random resized crop of each image, uint8
+    (B, 3, size, size), keys (B,), labels (B,), broken [(name, reason)]."""
+    batches = Schedule(len(images), batch_size, seed, start, stop, rank, world)
+    return _loader(images, seed, functools.partial(_make_crop, size=size, scale=scale), batches, workers, device)
+
+
+def eval_loader(images, size, batch_size, workers, device, rank=0, world=1, seed=0, epoch=0, scale=None):
+    """Every world-th image from this rank's on, in order. A batch: centre crops, or with `scale` the epoch's random ones, uint8
+    (B, 3, size, size), keys, labels, broken."""
     mine = range(rank, len(images), world)
-    batches = [[(0, i) for i in mine[at:at + batch_size]] for at in range(0, len(mine), batch_size)]
-    return _loader(images, seed, functools.partial(_make_center, size=size), batches, workers, device)
+    batches = [[(epoch, i) for i in mine[at:at + batch_size]] for at in range(0, len(mine), batch_size)]
+    make = functools.partial(_make_crop, size=size, scale=scale) if scale else functools.partial(_make_center, size=size)
+    return _loader(images, seed, make, batches, workers, device)
 
 
 class BrokenFiles:

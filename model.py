@@ -338,7 +338,8 @@ def load_backbone(path, part="teacher"):
     counters = {key: value for key, value in backbone.state_dict().items() if key.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
     config = config or dict(arch=arch, img_size=img_size, patch_size=patch_size)
-    print(f"loaded {path}: {config.get('method', 'foreign')} {arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"loaded {path}: {config.get('method', 'foreign')} {arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters")
     return backbone.eval(), config
 
 

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from typing import Callable
 
 import torch
-import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
@@ -347,7 +346,7 @@ def main(argv):
     if not argv:
         return print(greeting())
     config = configure(Config, argv)
-    rank, world, device = join_processes(config)
+    rank, world, device = probe.join_processes(config.device)
     config.device, (config.precision, _) = device.type, probe.choose_precision(config.precision, device)  # resolved, for config.json and a resume elsewhere
     if device.type == "cuda" and config.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32: the prototypes' logits
@@ -376,7 +375,7 @@ def main(argv):
         if main_rank:
             print(f"{config.out_dir} is finished: nothing to train. Raise --epochs only with another --out_dir, for it changes the whole schedule")
         finish(run, train, val, main_rank)
-        return leave_processes()
+        return probe.leave_processes()
 
     loader = data.train_loader(train, config, step, total, rank, world, device)
     broken_files, sums, numbers = data.BrokenFiles(len(train)), {}, {}
@@ -416,7 +415,7 @@ def main(argv):
             save(run, done, len(train))
     bar.close()
     finish(run, train, val, main_rank)
-    leave_processes()
+    probe.leave_processes()
 
 
 def greeting():
@@ -426,23 +425,6 @@ def greeting():
         with open(path) as file:
             lines.append(f"  configs/{os.path.basename(path):28}{(ast.get_docstring(ast.parse(file.read())) or '').splitlines()[0]}")
     return "\n".join(lines)
-
-
-def join_processes(config):
-    """-> (rank, world size, device); joins the process group where torchrun started us, needs none otherwise."""
-    device = probe.choose_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def leave_processes():
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def prepare_out_dir(config, step):

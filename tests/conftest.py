@@ -11,6 +11,9 @@ import torchvision
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, os.cpu_count()))
+import probe  # noqa: E402
+
+probe.choose_precision("auto", torch.device("cpu"))  # before the first operation: it sees to processors that announce what they cannot do
 SHARED = ROOT.parent / "shared" / "data"
 
 TINY = dict(arch="vit_micro", patch_size=8, img_size=32, local_size=16, local_crops=2, out_dim=64, head_hidden=32, head_bottleneck=16, batch_size=16,
