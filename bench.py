@@ -220,11 +220,12 @@ def linear_row(device, n=2048, n_test=32):
     """The whole linear evaluation against the cost of a single probe. Textbook: one classifier, one learning rate, clean test images. Ours: full,
     ir and ef, five learning rates, nine perturbations. One epoch, and more test images for it than 100 epochs of ImageNet have."""
     torch.manual_seed(0)
-    models = [probe.Model("clever", build_backbone("vit_micro", 64, 8).to(device).eval(), 0.8, "vit_micro")]
+    models = [probe.Model("clever", build_backbone("vit_micro", 64, 8).to(device), 0.8, dict(arch="vit_micro"))]
     train_images, test_images = data.shapes("train", 64, n), data.shapes("val", 64, n_test)
 
     def run(config, tests):
-        task = eval_linear.Task("linear", train_images, test_images, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations(tests))
+        task = eval_linear.Task("linear", train_images, test_images, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations(tests),
+                                eval_linear.perturbations("orig"))
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             return eval_linear.linear_probe(models, task, config, 64, device, choose_precision("auto", device)[1], eval_linear.Partial(folder, dict(task="linear")))
 

@@ -54,7 +54,7 @@ class Config:
     blur: bool = True                 # False: recipe without blur (images of 64 px and less have no detail to lose)
     solarize: bool = True             # False: recipe without solarisation
     # the data
-    data: str = "shapes"              # 'shapes' (built in), 'cifar10' 'cifar100' 'stl10', or a folder: train/CLASS/*, or any tree of images
+    data: str = "shapes"              # 'shapes' (built in), 'cifar10' 'cifar100' 'stl10' 'flowers102' 'food101' 'pets', or a folder: train/CLASS/*, or any tree of images
     data_root: str = "data"           # where torchvision keeps its data sets
     download: bool = False            # fetch a torchvision data set that is not there
     classes: str = ""                 # file with a class (folder) name a line: use these only

@@ -76,7 +76,7 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
         return _labelled_folder(folder / split, classes) if (folder / split).is_dir() else None
     if classes:
         raise UsageError(f"classes={classes}: {data} has no train/CLASS folders to choose from")
-    if (folder / "train_test_split.txt").exists():
+    if (folder / "images.txt").exists():
         return _cub_archive(folder, split)
     return _unlabelled_tree(folder) if split == "train" else None
 
@@ -165,7 +165,16 @@ def _cub_archive(folder, split):
     of_label = {int(labels[i]): os.path.dirname(paths[i]) for i in paths}  # 1 -> 001.Black_footed_Albatross
     numbers = sorted(of_label)
     chosen = [i for i in paths if is_train[i] == ("1" if split == "train" else "0")]
-    return _file_images([str(folder / "images" / paths[i]) for i in chosen], [numbers.index(int(labels[i])) for i in chosen], [of_label[n] for n in numbers])
+    files = [str(folder / "images" / paths[i]) for i in chosen]
+    _must_exist(files, f"data={folder}")
+    return _file_images(files, [numbers.index(int(labels[i])) for i in chosen], [of_label[n] for n in numbers])
+
+
+def _must_exist(paths, what):
+    """Better now than at the test, after the training."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UsageError(f"{what}: {len(missing)} of {len(paths)} images are missing, such as {missing[0]}; fetch or unpack it again")
 
 
 def read_classes(path):
@@ -196,7 +205,7 @@ def _torchvision_images(name, split, root, download):
         pieces = [make(root, **some) for some in arguments[split != "train"]]
     except ImportError as error:
         raise UsageError(f"data={name}: torchvision reads its labels with {error.name}: pip install {error.name}") from None
-    except (RuntimeError, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # whatever torchvision stumbles over in a damaged archive
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"data={name}: not in {root}/, or damaged ({reason}); --download=True fetches it, --data_root=... is where it lies") from None
     if hasattr(pieces[0], "data"):
@@ -205,10 +214,11 @@ def _torchvision_images(name, split, root, download):
         pixels = pixels.permute(0, 3, 1, 2) if name != "stl10" else pixels  # uint8 (N, 3, H, W)
         labels = images.labels if name == "stl10" else images.targets
         return _memory_images(pixels, torch.as_tensor(labels, dtype=torch.int64), list(images.classes), name)
-    paths = [str(path) for piece in pieces for path in getattr(piece, "_images", None) or piece._image_files]
+    paths = [str(path) for piece in pieces for path in (piece._images if hasattr(piece, "_images") else piece._image_files)]
     labels = [label for piece in pieces for label in piece._labels]  # torchvision tells paths and labels only one decoded image at a time
     if any(not 0 <= label < len(pieces[0].classes) for label in labels):
         raise UsageError(f"data={name}: {root}/ holds labels outside its {len(pieces[0].classes)} classes; fetch it again")
+    _must_exist(paths, f"data={name}")
     return _file_images(paths, labels, list(pieces[0].classes))
 
 
@@ -257,7 +267,8 @@ def listed(images, path):
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"subset_list={path}: {getattr(error, 'strerror', None) or 'not a text file'}; SimCLR's imagenet_subsets/1percent.txt is one") from None
     index = {os.path.basename(images.name(i)): i for i in range(len(images))}
-    wanted = [name for name in names if name.rsplit("_", 1)[0] in set(images.classes)]
+    classes = set(images.classes)
+    wanted = sorted({name for name in names if name.rsplit("_", 1)[0] in classes})
     missing = [name for name in wanted if name not in index]
     if missing or not wanted:
         raise UsageError(f"subset_list={path}: " + (f"{len(missing)} of its {len(wanted)} images of these classes are not in the data, such as {missing[0]}" if wanted else
@@ -446,7 +457,7 @@ def crop_loader(images, size, scale, batch_size, seed, start, stop, workers, dev
 
 def eval_loader(images, size, batch_size, workers, device, rank=0, world=1, seed=0, epoch=0, scale=None):
     """Every world-th image from this rank's on, in order. A batch: centre crops, or with `scale` the epoch's random ones, uint8
-    (B, 3, size, size), keys, labels, broken."""
+    (B, 3, size, size), keys (B,), labels (B,), broken [(name, reason)]."""
     mine = range(rank, len(images), world)
     batches = [[(epoch, i) for i in mine[at:at + batch_size]] for at in range(0, len(mine), batch_size)]
     make = functools.partial(_make_crop, size=size, scale=scale) if scale else functools.partial(_make_center, size=size)
@@ -457,7 +468,7 @@ class BrokenFiles:
     """Names each broken file once and stops the run where they are more than 1 % of the data."""
 
     def __init__(self, n):
-        self.n, self.seen = n, set()
+        self.n, self.seen = round(n), set()
 
     def report(self, broken, say):
         for name, reason in broken:

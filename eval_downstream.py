@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import eval_linear
+import losses
 import probe
 from augment import Recipe, augment
 from configurator import UsageError, configure, exit_on_usage_error, nearest
@@ -61,7 +62,7 @@ class DownstreamConfig:
     held_out: float = 0.05      # linear: share of the training set that chooses the learning rate
     protocol: str = "paper"     # linear: 'paper' new random crops each epoch, 'fast' kept features of a few fixed views
     views: int = 4              # linear, fast: random crops of each image whose features are kept
-    seeds: int = 1              # repeat with seed, seed + 1, ...: mean and standard deviation
+    seeds: int = 1              # repeat with seed, seed + 1, ...: mean and standard deviation; the subset is the first one's
     seed: int = 0               # of the subset, order, crops, classifiers and rotations
     # the machine
     workers: int = 8
@@ -75,6 +76,12 @@ class DownstreamConfig:
             raise UsageError(f"task={self.task}: choose from {', '.join(tasks)}{nearest(self.task, tasks)}")
         self.mode = self.mode or ("linear" if self.task in ROTATION else "finetune")
         self.epochs = self.epochs or (200 if self.mode == "finetune" else 100)
+        for name, value, where, wanted in (("data", self.data, "tasks other than torchvision's own sets, which lie in --data_root", self.task not in SETS[1:]),
+                                           ("classes", self.classes, "tasks on image folders", self.task not in SETS),
+                                           ("subset_list", self.subset_list, "semi1 and semi10", self.task in SEMI),
+                                           ("protocol", self.protocol == "fast", "--mode=linear", self.mode == "linear")):
+            if value and not wanted:
+                raise UsageError(f"{name}={getattr(self, name)}: is for {where}; leave it away with --task={self.task} --mode={self.mode}")
 
 
 # ------------------------------------------------------------------------------------------------ tasks
@@ -83,28 +90,41 @@ class DownstreamConfig:
 def open_task(config, trained, size):
     """-> eval_linear.Task: the images, what is done to them and what is asked."""
     name = config.task
-    if name in SETS and name != "cub200":
-        source, classes = name, ""
-    elif name == "cub200":
-        source, classes = config.data or os.path.join(config.data_root, "CUB_200_2011"), ""
+    if name == "cub200":
+        config.data = config.data or os.path.join(config.data_root, "CUB_200_2011")
+        if not os.path.exists(os.path.join(config.data, "images.txt")):
+            raise UsageError(f"task=cub200: {config.data} does not hold the unpacked archive CUB_200_2011 (images.txt and so on); give it as --data")
+    elif name in SETS:
+        config.data = name
     elif name in SEMI:
-        source, classes = eval_linear.data_of(config, trained)
+        config.data, config.classes = eval_linear.data_of(config, trained)
     else:
-        source, classes = config.data or ("pets" if name in ROTATION else ""), "" if config.classes == "all" else config.classes
-        if not source:
+        config.data, config.classes = config.data or ("pets" if name in ROTATION else ""), "" if config.classes == "all" else config.classes
+        if not config.data:
             raise UsageError("task=folder: give --data=FOLDER, with train/CLASS and val/CLASS in it")
-    train, test = eval_linear.labelled_splits(source, classes, config, size)
+    train, test = eval_linear.labelled_splits(config.data, config.classes, config, size)
     if name in SEMI:
         chosen = data.listed(train, config.subset_list) if config.subset_list else data.some_of_each(train.labels, SEMI[name], config.seed)
         train = data.subset(train, chosen)
+    clean, n_classes = eval_linear.perturbations("orig"), len(train.classes)
     if name == "rotation_invariance":
-        turned = Recipe(rotate=config.degrees)
-        return eval_linear.Task(name, train, test, len(train.classes), lambda crops, keys: augment(crops, turned._replace(flip=0.5), keys), eval_linear.own_label,
-                                lambda seed: [(f"turned by up to {config.degrees:g}", lambda images, keys: augment(images, turned, key(keys, 20, seed)), None)])
+        view, tests = rotated(config.degrees)
+        return eval_linear.Task(name, train, test, n_classes, view, eval_linear.own_label, tests, chosen_on=tests)
     if name == "rotation_sensitivity":
-        return eval_linear.Task(name, train, test, 4, quarter_turned, lambda keys, labels: quarter_turns(keys),
-                                lambda seed: [("which of 4 rotations", probe.quarter_turn(n), n) for n in range(4)])
-    return eval_linear.Task(name, train, test, len(train.classes), eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations("orig"))
+        return eval_linear.Task(name, train, test, 4, quarter_turned, lambda keys, _: quarter_turns(keys), which_of_4, chosen_on=which_of_4)
+    return eval_linear.Task(name, train, test, n_classes, eval_linear.flipped, eval_linear.own_label, clean, chosen_on=clean)
+
+
+def rotated(degrees):
+    """-> a Task's view and tests of images turned by -degrees .. degrees, the views flipped at random as well."""
+    recipe = Recipe(rotate=degrees)
+    return (lambda crops, keys: augment(crops, recipe._replace(flip=0.5), keys),
+            lambda seed: [(f"turned by up to {degrees:g}", lambda images, keys: augment(images, recipe, key(keys, 20, seed)), None)])
+
+
+def which_of_4(seed):
+    """A Task's tests: every image in each of its four turns."""
+    return [("which of 4 rotations", probe.quarter_turn(n), n) for n in range(4)]
 
 
 def quarter_turns(keys):
@@ -130,7 +150,8 @@ class Finetuned(nn.Module):
     def __init__(self, model, part, config, n_classes, seed):
         super().__init__()
         self.representation = eval_linear.Representation([model._replace(backbone=copy.deepcopy(model.backbone))], config.cut, config.blocks)
-        self.columns, self.dim = self.representation.columns[model.row, part], n_classes
+        self.register_buffer("columns", self.representation.columns[model.row, part], persistent=False)
+        self.dim = n_classes  # of what it gives, for probe.features
         self.classifier = nn.Linear(len(self.columns), n_classes)
         nn.init.normal_(self.classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.classifier.bias)
@@ -145,8 +166,7 @@ def finetune(models, task, config, size, device, autocast, partial):
     The whole network trains under DDP, batch norm over all ranks. partial: eval_linear.Partial."""
     rank, world = probe.rank_and_world()
     common = dict(size=size, device=device, autocast=autocast, workers=config.workers)
-    batch = eval_linear.batch_of(config.batch_size, len(task.train), world)
-    per_epoch = len(task.train) // batch
+    batch, per_epoch = config.batch_size, len(task.train) // config.batch_size
     rows, state = partial.read(("rows", "epoch", "which", "network", "optimizer", "scheduler"))
     for seed in range(config.seed, config.seed + config.seeds):
         for row, part in eval_linear.chosen_parts(models, config.part, config.ckpt):
@@ -166,7 +186,7 @@ def finetune(models, task, config, size, device, autocast, partial):
             together = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
             start, stop = done * per_epoch, config.epochs * per_epoch
             loader = data.crop_loader(task.train, size, eval_linear.CROP_SCALE, batch, seed, start, stop, config.workers, device, rank, world)
-            broken_files = data.BrokenFiles(len(task.train))
+            broken_files = data.BrokenFiles(max(len(task.train), 100))
             network.train()
             bar = tqdm(loader, total=stop, initial=start, disable=rank > 0, unit="step", desc=f"{task.name}: {row}, {part}, seed {seed}", leave=False, dynamic_ncols=True,
                        mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -180,11 +200,12 @@ def finetune(models, task, config, size, device, autocast, partial):
                 loss.backward()
                 optimizer.step()
                 if (step + 1) % per_epoch == 0:
+                    if not losses.mean_over_ranks(loss.detach()).isfinite():
+                        raise UsageError(f"fine-tuning {config.ckpt} diverged in epoch {(step + 1) // per_epoch}; take a lower --lr")
                     scheduler.step()
                     partial.write(rows=rows, which=which, epoch=(step + 1) // per_epoch, network=network.state_dict(), optimizer=optimizer.state_dict(),
                                   scheduler=scheduler.state_dict())
             for test, (logits, y) in eval_linear.test_features(network, task.test, task.tests(seed), "test", **common).items():
-                eval_linear.must_be_finite(logits, f"fine-tuning {config.ckpt}")
                 rows.append(dict(row=row, part=part, dims=len(network.columns), judge="fine-tuned", lr=config.lr, test=test, metric="top1",
                                  value=round(100 * (logits.argmax(1) == y).double().mean().item(), 2), seed=seed, n=len(y)))
             partial.write(rows=rows, which=None, epoch=0, network={}, optimizer={}, scheduler={})
@@ -199,6 +220,8 @@ def main(argv):
     config = configure(DownstreamConfig, argv)
     models, trained, size, device, precision, autocast, out = eval_linear.start(config)
     task = open_task(config, trained, size)
+    n_fit = len(task.train) if config.mode == "finetune" else len(data.hold_out(task.train.labels, config.held_out, config.seed)[0])
+    config.batch_size = eval_linear.batch_of(config.batch_size, n_fit)
     protocol = eval_linear.resolved_protocol(config, models, task, size, precision)
     partial = eval_linear.Partial(out, {name: value for name, value in protocol.items() if name not in eval_linear.MACHINE})
     if probe.rank_and_world()[0] == 0:
@@ -206,7 +229,7 @@ def main(argv):
               f"batch {config.batch_size}, {device.type} {precision}" + (f"; continuing {partial.path}" if os.path.exists(partial.path) else ""), flush=True)
     learn = finetune if config.mode == "finetune" else eval_linear.linear_probe
     rows = learn(models, task, config, size, device, autocast, partial)
-    eval_linear.finish(config, task, models, trained, protocol, partial, out, time.perf_counter() - since, rows)
+    eval_linear.finish(task, protocol, partial, out, time.perf_counter() - since, rows)
 
 
 if __name__ == "__main__":

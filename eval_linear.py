@@ -89,7 +89,8 @@ class Representation(nn.Module):
 
     .columns[(row, part)] and .z_columns[(row, part)]: indices into dim of the part, and of the part of the backbone's own z within it.
     A ViT gives CLS of its last 4 blocks, vit_base CLS and mean patch of the last (DINO's linear protocol), other backbones their z;
-    blocks = n gives CLS of the last n instead. cut: 'last' cuts ir and ef in the last block alone (the published scripts), 'every' in each."""
+    blocks = n gives CLS of the last n instead. cut: 'last' cuts ir and ef in the last block alone (the published scripts; both of vit_base's
+    rows are of that block), 'every' in each."""
 
     def __init__(self, models, cut="last", blocks=0):
         super().__init__()
@@ -99,14 +100,15 @@ class Representation(nn.Module):
             is_vit, D = hasattr(model.backbone, "tokens"), model.backbone.dim
             depth = len(model.backbone.blocks) if is_vit else 1
             if blocks > depth:
-                raise UsageError(f"blocks={blocks}: {model.arch} has " + (f"{depth}" if is_vit else "no blocks to concatenate, take --blocks=0"))
-            mean_patch = is_vit and not blocks and model.arch == "vit_base"
+                raise UsageError(f"blocks={blocks}: {model.trained['arch']} has " + (f"{depth}" if is_vit else "no blocks to concatenate, take --blocks=0"))
+            mean_patch = is_vit and not blocks and model.trained["arch"] == "vit_base"
             n = 1 if not is_vit or mean_patch else blocks or min(4, depth)
             columns = self.dim + torch.arange((n + mean_patch) * D).view(-1, D)  # a row a block; vit_base: CLS, then mean patch
-            for part, (there, z) in cut_columns(columns, model.ratio, cut, z_row=n - 1).items():
+            for part, (there, z) in cut_columns(columns, model.ratio, "every" if mean_patch else cut, z_row=n - 1).items():
                 self.columns[model.row, part], self.z_columns[model.row, part] = there, z
             self.taken.append((n, mean_patch))
             self.dim += columns.numel()
+        self.eval()
 
     def forward(self, x):
         features = []
@@ -138,7 +140,7 @@ def chosen_parts(models, part, ckpt):
     if part and part not in ("full", "ir", "ef"):
         raise UsageError(f"part={part}: choose from full, ir, ef{nearest(part, ('full', 'ir', 'ef'))}")
     if part and not any(part in names for names in parts.values()):
-        raise UsageError(f"part={part}: {ckpt} holds a backbone trained without a split, which has only 'full'; take --part=full")
+        raise UsageError(f"part={part}: {ckpt} tells of no split, so it has only 'full'; take --part=full, or the ckpt.pt of a CLeVER run")
     return [(row, name) for row, names in parts.items() for name in names if not part or name == part or part not in names]
 
 
@@ -150,9 +152,8 @@ class Classifiers(nn.Module):
 
     def __init__(self, columns, n_classes, n_lrs, seed=0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         self.columns, self.n_classes = columns, n_classes
-        first = [0.01 * torch.randn(n_classes, len(c), generator=generator) for c in columns]
+        first = [0.01 * torch.randn(n_classes, len(c), generator=torch.Generator().manual_seed(seed)) for c in columns]
         self.weights = nn.ModuleList(nn.ParameterList(w.clone() for _ in range(n_lrs)) for w in first)
         self.biases = nn.ModuleList(nn.ParameterList(torch.zeros(n_classes) for _ in range(n_lrs)) for _ in first)
 
@@ -194,6 +195,7 @@ class Task(NamedTuple):
     view: Callable   # (crops uint8 (B, 3, S, S), keys (B,)) -> normalised (B, 3, S, S): a training batch
     label: Callable  # (keys (B,), labels (B,)) -> (B,), what view made of the labels
     tests: Callable  # seed -> [(name, transform of a centre crop, label or None for the image's own)]
+    chosen_on: Callable  # as tests: what the held-out slice chooses the learning rate on
 
 
 def flipped(crops, keys):
@@ -208,6 +210,8 @@ def own_label(keys, labels):
 def perturbations(names):
     """'orig,cj+ro' -> a Task's tests."""
     chosen = [name.strip() for name in names.split(",")]
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"tests={names}: names a test twice")
     for name in chosen:
         if name not in PERTURBATIONS:
             raise UsageError(f"tests={name}: choose from {', '.join(PERTURBATIONS)}{nearest(name, list(PERTURBATIONS))}")
@@ -243,8 +247,7 @@ def linear_probe(models, task, config, size, device, autocast, partial, knn=Fals
             continue
         fit, held = data.hold_out(task.train.labels, config.held_out, seed)
         fit, held = data.subset(task.train, fit), data.subset(task.train, held)
-        batch = batch_of(config.batch_size, len(fit), world)
-        per_epoch = len(fit) // batch
+        batch, per_epoch = config.batch_size, len(fit) // config.batch_size
         classifiers = Classifiers(columns, task.classes, len(lrs), seed).to(device)
         optimizer = torch.optim.SGD(classifiers.groups([lr * batch / 256 for lr in lrs]), momentum=0.9)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
@@ -273,7 +276,7 @@ def linear_probe(models, task, config, size, device, autocast, partial, knn=Fals
                               scheduler=scheduler.state_dict())
 
         tests = task.tests(seed)
-        [(z, y)] = test_features(representation, held, [t for t in tests if t[0] == tests[0][0]], "features of the held-out slice", **common).values()
+        [(z, y)] = test_features(representation, held, task.chosen_on(seed), "features of the held-out slice", **common).values()
         must_be_finite(z, config.ckpt)
         best = [int(a.argmax()) for a in accuracies(classifiers, z, y)]  # of each part, its learning rate
         on_tests = test_features(representation, task.test, tests, "features of the test images", **common)
@@ -294,19 +297,20 @@ def linear_probe(models, task, config, size, device, autocast, partial, knn=Fals
     return rows
 
 
-def batch_of(batch_size, n, world):
-    """The global batch: batch_size, or as many images as there are; a multiple of the ranks."""
-    if batch_size % world:
-        raise UsageError(f"batch_size={batch_size} does not divide among {world} ranks: take {math.ceil(batch_size / world) * world}")
-    batch = min(batch_size, n // world * world)
-    if batch == 0:
-        raise UsageError(f"{n} training images do not go round {world} ranks: start fewer")
+def batch_of(batch_size, n):
+    """The global batch: batch_size, or where there are fewer images as many, in eights if possible so that the ranks can share it."""
+    world = probe.rank_and_world()[1]
+    if n < 1:
+        raise UsageError("no image is left to train on when one is held out; give more images")
+    batch = min(batch_size, n // 8 * 8 or n)
+    if batch % world:
+        raise UsageError(f"a batch of {batch} does not divide among {world} ranks: take --batch_size={math.ceil(batch / world) * world} or other ranks")
     return batch
 
 
 def from_images(representation, task, images, batch, seed, start, stop, common):
     """Batches (z (B, dim), labels (B,)) of new random crops, this rank's share."""
-    device, broken_files = common["device"], data.BrokenFiles(len(images))
+    device, broken_files = common["device"], data.BrokenFiles(max(len(images), 100))
     for crops, keys, labels, broken in data.crop_loader(images, common["size"], CROP_SCALE, batch, seed, start, stop, common["workers"], device, *probe.rank_and_world()):
         broken_files.report(broken, tqdm.write)
         x = task.view(crops.to(device, non_blocking=True), keys)
@@ -384,24 +388,24 @@ MACHINE = ("workers", "device", "out", "data_root", "download")  # knobs that ch
 
 def resolved_protocol(config, models, task, size, precision):
     """What results.json tells of an evaluation: the knobs, the weights, how many images."""
-    return dict(asdict(config), task=task.name, img_size=size, precision=precision, weights={model.row: digest_of_weights(model.backbone) for model in models},
+    return dict(asdict(config), task=task.name, img_size=size, precision=precision, arch=models[-1].trained["arch"], weights={model.row: digest_of_weights(model.backbone) for model in models},
                 classes_n=task.classes, train_n=len(task.train), test_n=len(task.test))
 
 
 # ------------------------------------------------------------------------------------------------ main
 
 
-def published_rows(trained, classes, rows):
-    """Rows of the authors' table where this evaluation is one of its cells: IN-100 and the same method, backbone and recipe."""
-    known = PUBLISHED.get((trained.get("method"), trained["arch"], trained.get("recipe")))
-    if not known or sorted(classes) != sorted(data.read_classes("configs/in100_classes.txt")):
+def published_rows(models, classes, tests):
+    """Rows of the authors' table for what is a cell of it: IN-100, and a model's method, backbone and recipe."""
+    if sorted(classes) != sorted(data.read_classes("configs/in100_classes.txt")):
         return []
-    tests = {row["test"] for row in rows}
-    return [dict(row="published, 200 epochs", part="full", dims="", judge="linear", test=test, value=value) for test, value in zip(("orig", "cj+ro"), known) if test in tests]
+    known = [(model, PUBLISHED.get(tuple(model.trained.get(name) for name in ("method", "arch", "recipe")), ())) for model in models]
+    return [dict(row=f"{model.row}, published", part="full", dims="", judge="linear, 200 epochs", test=test, value=value)
+            for model, values in known for test, value in zip(("orig", "cj+ro"), values) if test in tests]
 
 
 def data_of(config, trained):
-    """-> the data's name and class list: config's, or where it leaves them open the checkpoint's."""
+    """-> the data's name and class list: config's, or where that leaves them open the checkpoint's."""
     source = config.data or trained.get("data", "")
     if not source:
         raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
@@ -421,12 +425,14 @@ def start(config):
     return models, trained, config.img_size or trained["img_size"], device, precision, autocast, probe.results_folder(config)
 
 
-def finish(config, task, models, trained, protocol, partial, out, seconds, rows):
-    """Print the table, with the published numbers where there are some, and append the rows to results.json."""
+def finish(task, protocol, partial, out, seconds, rows, published=()):
+    """Print the table and append the rows to results.json."""
     if probe.rank_and_world()[0] == 0:
-        print("\n" + "\n".join(probe.table_lines(rows + published_rows(trained, task.train.classes, rows))), flush=True)
+        print("\n" + "\n".join(probe.table_lines([*rows, *published])), flush=True)
+        chosen = dict.fromkeys(f"{row['row']} {row['part']} {row['lr']:g}" for row in rows if row["judge"] == "linear, chosen lr")
+        print(f"\nchosen learning rates: {', '.join(chosen)}" if chosen else "")
         probe.append_results(os.path.join(out, "results.json"), task.name, protocol, seconds, rows)
-        print(f"\n{seconds:.0f} s; every number with its protocol is in {os.path.join(out, 'results.json')}")
+        print(f"{seconds:.0f} s; every number with its protocol is in {os.path.join(out, 'results.json')}")
     partial.remove()
     probe.leave_processes()
 
@@ -444,15 +450,17 @@ def main(argv):
     config = configure(LinearConfig, argv)
     tests = perturbations(config.tests)
     models, trained, size, device, precision, autocast, out = start(config)
-    train, val = labelled_splits(*data_of(config, trained), config, size)
-    task = Task("linear", train, val, len(train.classes), flipped, own_label, tests)
+    config.data, config.classes = data_of(config, trained)
+    train, val = labelled_splits(config.data, config.classes, config, size)
+    config.batch_size = batch_of(config.batch_size, len(data.hold_out(train.labels, config.held_out, config.seed)[0]))
+    task = Task("linear", train, val, len(train.classes), flipped, own_label, tests, perturbations("orig"))
     protocol = resolved_protocol(config, models, task, size, precision)
     partial = Partial(out, {name: value for name, value in protocol.items() if name not in MACHINE})
     if probe.rank_and_world()[0] == 0:
         print(f"{config.protocol} protocol, {len(train)} training images ({config.held_out:.0%} of them held out), {len(val)} test images, {task.classes} classes, "
               f"{config.epochs} epochs, batch {config.batch_size}, {device.type} {precision}" + (f"; continuing {partial.path}" if os.path.exists(partial.path) else ""), flush=True)
     rows = linear_probe(models, task, config, size, device, autocast, partial, config.knn)
-    finish(config, task, models, trained, protocol, partial, out, time.perf_counter() - since, rows)
+    finish(task, protocol, partial, out, time.perf_counter() - since, rows, published_rows(models, train.classes, {row["test"] for row in rows}))
 
 
 if __name__ == "__main__":

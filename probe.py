@@ -52,7 +52,7 @@ def features(backbone, images, transforms, size, device, autocast, workers=0, ba
     outputs = [torch.zeros(len(images), backbone.dim, device=device) for _ in transforms]
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     was_training, at = backbone.training, rank
-    broken = data.BrokenFiles(len(images) / world)
+    broken = data.BrokenFiles(max(len(images) / world, 100))  # a small slice may hold the one of a good data set
     backbone.eval()
     for batch, keys, label, bad in tqdm(loader, desc=progress, leave=False, disable=rank > 0 or not progress, mininterval=0.5 if sys.stderr.isatty() else 60):
         broken.report(bad, tqdm.write)
@@ -71,7 +71,7 @@ def features(backbone, images, transforms, size, device, autocast, workers=0, ba
 
 
 def in_pieces(backbone, x):
-    """backbone(x), without gradients; on a CPU 64 images at a time, whose activations its cache holds: 1.7x faster for vit_micro."""
+    """backbone(x); on a CPU 64 images at a time, whose activations its cache holds: 1.7x faster for vit_micro."""
     return torch.cat([backbone(some) for some in x.split(64 if x.device.type == "cpu" else len(x))])
 
 
@@ -190,15 +190,23 @@ def _mean_and_std(values):
     return (f"{statistics.mean(values):.1f}" if values else "") + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def append_results(path, task, protocol, seconds, rows):
-    """Append one evaluation to the list in the JSON file `path` (design: task, protocol, commit, date, seconds, rows)."""
+def read_results(path):
+    """The list of evaluations in the JSON file `path`; [] where there is none."""
     try:
         with open(path) as file:
             runs = json.load(file)
     except FileNotFoundError:
-        runs = []
+        return []
     except ValueError:
-        raise UsageError(f"{path}: not a JSON list of results; move it away") from None
+        runs = None
+    if not isinstance(runs, list):
+        raise UsageError(f"{path}: not a JSON list of results; move it away")
+    return runs
+
+
+def append_results(path, task, protocol, seconds, rows):
+    """Append one evaluation to the list in the JSON file `path` (design: task, protocol, commit, date, seconds, rows)."""
+    runs = read_results(path)
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
@@ -274,7 +282,7 @@ def _do_without_broken_amx():
         os._exit(0)
     is_broken = os.waitpid(child, 0)[1] != 0
     if is_broken:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # processes started by this one inherit it
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # processes started by this one inherit it
     return is_broken
 
 
@@ -286,7 +294,7 @@ class Model(NamedTuple):
     row: str                    # what to call it
     backbone: torch.nn.Module   # in eval mode, on the device
     ratio: float                # share of ir; 1: no split, 'full' alone
-    arch: str
+    trained: dict               # the config it was trained with; of foreign weights arch, img_size and patch_size
 
 
 def open_models(config, device, untrained):
@@ -294,21 +302,20 @@ def open_models(config, device, untrained):
     UsageError where there is no checkpoint, or they are not alike: never random weights unasked."""
     if not config.ckpt:
         raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
-    models, facts = [], []
+    models = []
     for path in filter(None, (config.ckpt, config.compare)):
         backbone, trained = load_backbone(path)
         method = trained.get("method", trained["arch"])
         row = method if method not in [model.row for model in models] else path
-        models.append(Model(row, backbone.to(device), trained["ratio"] if method == "clever" else 1, trained["arch"]))
-        facts.append(trained)
-    alike = [{name: trained[name] for name in ("arch", "img_size", "patch_size")} for trained in facts]
+        models.append(Model(row, backbone.to(device), trained["ratio"] if method == "clever" else 1, trained))
+    alike = [{name: model.trained[name] for name in ("arch", "img_size", "patch_size")} for model in models]
     if alike[0] != alike[-1]:
         raise UsageError(f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like")
     if untrained:
         torch.manual_seed(config.seed)
-        fresh = build_backbone(facts[0]["arch"], facts[0]["img_size"], facts[0]["patch_size"]).to(device).eval()
-        models.insert(0, Model("untrained", fresh, 1, facts[0]["arch"]))
-    return models, facts[0]
+        fresh = build_backbone(alike[0]["arch"], alike[0]["img_size"], alike[0]["patch_size"]).to(device).eval()
+        models.append(Model("untrained", fresh, 1, alike[0]))
+    return [*models[-1:], *models[:-1]] if untrained else models, models[0].trained
 
 
 def results_folder(config):
@@ -316,6 +323,7 @@ def results_folder(config):
     out = config.out or os.path.dirname(config.ckpt) or "."
     if not os.path.isdir(out) or not os.access(out, os.W_OK):
         raise UsageError(f"{out}: no such folder, or not writable; --out=FOLDER takes results.json")
+    read_results(os.path.join(out, "results.json"))
     return out
 
 

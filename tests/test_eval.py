@@ -38,7 +38,7 @@ def rows_of(path):
 
 def models(ratio=0.8, name="vit_micro"):
     torch.manual_seed(0)
-    return [Model("clever", build_backbone(name, 32, 8).eval(), ratio, name)]
+    return [Model("clever", build_backbone(name, 32, 8).eval(), ratio, dict(arch=name))]
 
 
 # ------------------------------------------------------------------------------------------------ what a classifier sees
@@ -64,10 +64,13 @@ def test_a_representation_is_the_concatenated_blocks_and_its_parts_are_columns()
 def test_vit_base_gives_cls_and_mean_patch_and_resnet_its_pooled_z():
     torch.manual_seed(0)
     backbone, x = build_backbone("vit_micro", 32, 8).eval(), torch.randn(2, 3, 32, 32)
-    base = eval_linear.Representation([Model("clever", backbone, 0.8, "vit_base")])
+    base = eval_linear.Representation([Model("clever", backbone, 0.8, dict(arch="vit_base"))])
     [tokens] = backbone.tokens(x)
     torch.testing.assert_close(base(x), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
     torch.testing.assert_close(base(x)[:, base.z_columns["clever", "full"]], backbone(x))
+    both = [torch.cat(halves, 1) for halves in zip(split(tokens[:, 0]), split(tokens[:, 1:].mean(1)))]  # both rows are of the last block
+    torch.testing.assert_close(base(x)[:, base.columns["clever", "ir"]], both[0])
+    torch.testing.assert_close(base(x)[:, base.columns["clever", "ef"]], both[1])
     resnet = eval_linear.Representation(models(name="resnet18"))
     assert resnet(x).shape == (2, 512) and len(resnet.columns["clever", "ir"]) == 409
     with pytest.raises(UsageError, match="no blocks"):
@@ -129,7 +132,7 @@ def test_the_probe_reaches_the_minimum_of_logistic_regression():
 
 
 @pytest.mark.parametrize("protocol", ["paper", "fast"])
-def test_held_out_images_choose_and_never_train(monkeypatch, tmp_path, protocol):
+def test_held_out_images_choose_and_never_train(tmp_path, protocol):
     """Each image's pixels tell its index; what the classifiers' batches are made of is watched."""
     def numbered(n, first):
         pixels = torch.arange(first, first + n).view(n, 1, 1, 1).expand(n, 3, 32, 32).to(torch.uint8)
@@ -145,7 +148,7 @@ def test_held_out_images_choose_and_never_train(monkeypatch, tmp_path, protocol)
         return probe.perturbed("orig")(images, keys)
 
     config = eval_linear.LinearConfig(ckpt="x", epochs=3, batch_size=16, workers=0, held_out=0.1, protocol=protocol)
-    task = eval_linear.Task("linear", train, test, 4, view, eval_linear.own_label, lambda seed: [("orig", clean, None)])
+    task = eval_linear.Task("linear", train, test, 4, view, eval_linear.own_label, *[lambda seed: [("orig", clean, None)]] * 2)
     rows = eval_linear.linear_probe(models(), task, config, 32, CPU, probe.choose_precision("fp32", CPU)[1], eval_linear.Partial(str(tmp_path), dict(task="linear")))
     fit, held = data.hold_out(train.labels, 0.1, 0)
     assert len(held) == 10 and trained_on == set(fit.tolist()) and judged_on == set(held.tolist()) | set(range(200, 220))
@@ -157,9 +160,9 @@ def test_the_chosen_learning_rate_is_the_held_out_slices_best(monkeypatch, tmp_p
     monkeypatch.setattr(eval_linear, "accuracies", lambda *a: seen.append(real(*a)) or seen[-1])
     train, test = data.open_splits(str(folder))
     config = eval_linear.LinearConfig(ckpt="x", epochs=2, batch_size=32, workers=0, held_out=0.3, lrs=(0.1, 1.0))
-    task = eval_linear.Task("linear", train, test, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations("orig,ro"))
+    task = eval_linear.Task("linear", train, test, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations("ro,orig"), eval_linear.perturbations("orig"))
     rows = eval_linear.linear_probe(models(), task, config, 32, CPU, probe.choose_precision("fp32", CPU)[1], eval_linear.Partial(str(tmp_path), dict(task="linear")))
-    held, orig, turned = seen
+    held, turned, orig = seen
     for i, part in enumerate(("full", "ir", "ef")):
         best = int(held[i].argmax())
         for test, found in (("orig", orig), ("ro", turned)):
@@ -251,7 +254,7 @@ def test_cub200s_archive_is_read(tmp_path):
     (root / "image_class_labels.txt").write_text("1 1\n")
     with pytest.raises(UsageError, match="do not fit together"):
         data.open_splits(str(root))
-    (root / "images.txt").unlink()
+    (root / "train_test_split.txt").unlink()
     with pytest.raises(UsageError, match="unpack the archive again"):
         data.open_splits(str(root))
 
@@ -279,7 +282,13 @@ def test_pets_and_food_are_read_in_their_true_formats(tmp_path):
         (tmp_path / "food-101" / "meta" / f"{name}.json").write_text(json.dumps({food: [f"{food}/{i}" for i in numbers] for food in ("pie", "ramen")}))
     train, test = data.open_splits("food101", root=str(tmp_path))
     assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1] and test.read(0).shape == (3, 32, 32)
-    (tmp_path / "food-101" / "meta" / "train.json").write_text("{")
+    (tmp_path / "food-101" / "meta" / "test.json").write_text('{"pie": [], "ramen": []}')
+    with pytest.raises(UsageError, match="val split holds no images"):
+        data.open_splits("food101", root=str(tmp_path))
+    (tmp_path / "food-101" / "meta" / "test.json").write_text('{"pie": ["pie/77"], "ramen": []}')
+    with pytest.raises(UsageError, match="1 of 1 images are missing"):
+        data.open_splits("food101", root=str(tmp_path))
+    (tmp_path / "food-101" / "meta" / "train.json").write_text("[]")
     for damaged, message in (("food101", "damaged"), ("flowers102", "--download=True fetches it")):
         with pytest.raises(UsageError, match=message):
             data.open_splits(damaged, root=str(tmp_path))
@@ -303,10 +312,10 @@ def test_flowers_are_read_with_scipy_and_say_so_without(tmp_path, monkeypatch):
 
 def test_published_numbers_stand_beside_in100_alone():
     in100 = data.read_classes("configs/in100_classes.txt")
-    trained, rows = dict(method="clever", arch="vit_small", recipe="caug"), [dict(test="orig"), dict(test="cj")]
-    [row] = eval_linear.published_rows(trained, in100, rows)
-    assert (row["test"], row["value"]) == ("orig", 75.7)
-    assert not eval_linear.published_rows(trained, in100[:99], rows) and not eval_linear.published_rows(trained | dict(arch="vit_base"), in100, rows)
+    known = [Model(method, None, 1, dict(method=method, arch="vit_small", recipe="caug")) for method in ("clever", "dino")]
+    rows = eval_linear.published_rows(known, in100, {"orig", "cj"})
+    assert [(row["row"], row["test"], row["value"]) for row in rows] == [("clever, published", "orig", 75.7), ("dino, published", "orig", 73.2)]
+    assert not eval_linear.published_rows(known, in100[:99], {"orig"}) and not eval_linear.published_rows([known[0]._replace(trained=dict(arch="vit_base"))], in100, {"orig"})
 
 
 # ------------------------------------------------------------------------------------------------ the command lines
@@ -386,12 +395,34 @@ def test_downstream_tasks_run_end_to_end(run_folder, folder, tmp_path, knobs, te
     assert {row["part"] for row in result["rows"]} == wanted
 
 
+def test_a_backbone_with_batch_norm_stays_as_it_is_from_seed_to_seed(folder, tmp_path):
+    save_atomically(build_backbone("resnet18").state_dict(), str(tmp_path / "resnet18.pth"))
+    for seeds, seed in ((2, 0), (1, 1)):
+        eval_linear.main([f"--ckpt={tmp_path / 'resnet18.pth'}", f"--data={folder}", "--img_size=32", "--tests=orig", "--knn=False", *QUICK, f"--seeds={seeds}", f"--seed={seed}"])
+    both, second = rows_of(tmp_path)
+    assert [row for row in both if row["seed"] == 1] == second
+
+
+def test_one_broken_file_in_a_small_slice_does_not_stop_an_evaluation(folder, tmp_path):
+    import shutil
+    shutil.copytree(folder, tmp_path / "images")
+    sorted((tmp_path / "images" / "val" / "key").iterdir())[0].write_bytes(b"broken")  # 1 of 40
+    save_atomically(build_backbone("vit_micro", 32, 8).state_dict(), str(tmp_path / "weights.pt"))
+    eval_linear.main([f"--ckpt={tmp_path / 'weights.pt'}", f"--data={tmp_path / 'images'}", "--tests=orig", "--knn=False", *QUICK])
+    assert {row["n"] for row in rows_of(tmp_path)[0]} == {40}
+
+
+def test_fine_tuning_that_diverges_says_so(folder, run_folder, tmp_path):
+    with pytest.raises(UsageError, match="lower --lr"):
+        eval_downstream.main([f"--ckpt={run_folder / 'clever' / 'ckpt.pt'}", "--task=folder", f"--data={folder}", f"--out={tmp_path}", *QUICK, "--lr=100", "--part=full"])
+
+
 def test_fine_tuning_moves_the_whole_network_and_leaves_the_model_alone(folder, tmp_path, monkeypatch):
     [model], made = models(), []
     monkeypatch.setattr(eval_downstream, "Finetuned", lambda *a, real=eval_downstream.Finetuned: made.append(real(*a)) or made[-1])
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     train, test = data.open_splits(str(folder))
-    task = eval_linear.Task("folder", train, test, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations("orig"))
+    task = eval_linear.Task("folder", train, test, 10, eval_linear.flipped, eval_linear.own_label, *[eval_linear.perturbations("orig")] * 2)
     config = eval_downstream.DownstreamConfig(ckpt="x", task="folder", epochs=2, batch_size=16, workers=0, part="ir", lr=0.05)
     eval_downstream.finetune([model], task, config, 32, CPU, probe.choose_precision("fp32", CPU)[1], eval_linear.Partial(str(tmp_path), dict(task="folder")))
     after = made[0].representation.backbones[0].state_dict()
@@ -401,20 +432,25 @@ def test_fine_tuning_moves_the_whole_network_and_leaves_the_model_alone(folder, 
 
 @pytest.mark.parametrize("script, knobs, message", [
     ("eval_linear.py", [], "no checkpoint given"), ("eval_linear.py", ["--ckpt=/nowhere.pt"], "No such file"), ("eval_linear.py", ["--ckpt=README.md"], "refused"),
-    ("eval_linear.py", ["--ckpt={dino}", "--part=ir"], "without a split"), ("eval_linear.py", ["--ckpt={foreign}", "--part=ef", "--data=shapes"], "without a split"),
+    ("eval_linear.py", ["--ckpt={dino}", "--part=ir"], "tells of no split"), ("eval_linear.py", ["--ckpt={foreign}", "--part=ef", "--data=shapes"], "tells of no split"),
     ("eval_linear.py", ["--ckpt={clever}", "--part=iR"], "choose from full, ir, ef"), ("eval_linear.py", ["--ckpt={foreign}"], "give --data"),
     ("eval_linear.py", ["--ckpt={foreign}", "--arch=vit_small", "--data=shapes"], "holds a vit_micro"), ("eval_linear.py", ["--ckpt={clever}", "--tests=orig,blur"], "tests=blur"),
     ("eval_linear.py", ["--ckpt={clever}", "--data={folder}/train/key"], "needs labels"), ("eval_linear.py", ["--ckpt={clever}", "--data={folder}", "--classes=configs/in100_classes.txt"], "are not there"),
     ("eval_linear.py", ["--ckpt={clever}", "--out=/nowhere"], "no such folder"), ("eval_linear.py", ["--ckpt={clever}", "--lrs=(0.1,-1)"], "must lie between"),
     ("eval_linear.py", ["--ckpt={clever}", "--blocks=9"], "blocks=9"), ("eval_downstream.py", ["--ckpt={clever}"], "choose from semi1"),
     ("eval_downstream.py", ["--ckpt={clever}", "--task=semi10", "--subset_list=/nowhere"], "No such file"), ("eval_downstream.py", ["--ckpt={clever}", "--task=folder"], "give --data=FOLDER"),
-    ("eval_downstream.py", ["--ckpt={clever}", "--task=pets", "--data_root=/nowhere"], "--download=True fetches it"), ("eval_downstream.py", ["--ckpt={clever}", "--task=cub200"], "no such folder"),
+    ("eval_downstream.py", ["--ckpt={clever}", "--task=pets", "--data_root=/nowhere"], "--download=True fetches it"), ("eval_downstream.py", ["--ckpt={clever}", "--task=cub200"], "unpacked archive"),
+    ("eval_linear.py", ["--ckpt={clever}", "--tests=orig,orig"], "names a test twice"), ("eval_linear.py", ["--ckpt={clever}", "--out={foreign_folder}"], "not a JSON list"),
+    ("eval_downstream.py", ["--ckpt={clever}", "--task=pets", "--data={folder}"], "leave it away"), ("eval_downstream.py", ["--ckpt={clever}", "--task=folder", "--subset_list=x"], "leave it away"),
+    ("eval_downstream.py", ["--ckpt={clever}", "--task=folder", "--data={folder}", "--protocol=fast"], "leave it away"),
 ])
 def test_mistakes_cost_one_line_and_write_nothing(run_folder, folder, tmp_path, script, knobs, message, capsys):
     foreign = tmp_path / "weights.pt"
     save_atomically(build_backbone("vit_micro", 32, 8).state_dict(), str(foreign))
     before = sorted(run_folder.rglob("*"))
-    values = dict(clever=run_folder / "clever" / "ckpt.pt", dino=run_folder / "dino" / "ckpt.pt", foreign=foreign, folder=folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
+    values = dict(foreign_folder=tmp_path / "other", clever=run_folder / "clever" / "ckpt.pt", dino=run_folder / "dino" / "ckpt.pt", foreign=foreign, folder=folder)
     module = eval_linear if script == "eval_linear.py" else eval_downstream
     with pytest.raises(UsageError, match=message.replace("(", r"\(")) as error:
         module.main([knob.format(**values) for knob in knobs] + ["--workers=0", "--device=cpu"])
