@@ -31,7 +31,7 @@ class Config:
     out_dim_ef: int = 0               # K of the ef head; 0: as out_dim
     head_hidden: int = 2048           # width of the head's MLP
     head_bottleneck: int = 256        # dimension in front of the prototypes
-    drop_path: float = 0.1            # stochastic depth of the student's ViT; the teacher has none
+    drop_path: float = 0.1            # stochastic depth of the student's ViT or VMamba; the teacher has none
     init_from: str = ""               # weights to start a NEW schedule from: any backbone file that model.load_backbone reads
     # the loss: alpha L_CL + beta L_Orth + lam L_PReg
     alpha: float = 1.0
@@ -76,6 +76,7 @@ class Config:
     device: str = "auto"              # 'auto', 'cpu', 'cuda'
     precision: str = "auto"           # 'auto': 'bf16' autocast where the processor has it, else 'fp32'
     compile: bool = False             # torch.compile of each backbone block
+    scan: str = "auto"                # VMamba's selective scan: 'triton' (the default on a GPU that has it), 'torch' (elsewhere), 'loop' (for comparison)
     # what is written
     out_dir: str = "out/run"
     log_every: int = 10               # steps
@@ -94,7 +95,7 @@ class Config:
             raise UsageError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: lower it")
 
 
-CHOICES = dict(cut=("last", "every"), protocol=("paper", "fast"), mode=("finetune", "linear"),
+CHOICES = dict(cut=("last", "every"), protocol=("paper", "fast"), scan=("auto", "triton", "torch", "loop"), mode=("finetune", "linear"),
                method=("clever", "dino"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
                device=("auto", "cpu", "cuda"), precision=("auto", "bf16", "fp32"))
 _inf = float("inf")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 
 from configurator import UsageError, nearest
+from vmamba import VMAMBAS, VMamba
 
 # ------------------------------------------------------------------------------------------------ the representation and its two parts
 
@@ -162,16 +163,18 @@ def _init_linear(module):
 
 VITS = dict(vit_micro=(128, 6, 4), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6), vit_base=(768, 12, 12))  # dim, depth, heads
 RESNETS = tuple(name for name in torchvision.models.list_models(module=torchvision.models) if "resne" in name)
-BACKBONES = (*VITS, *RESNETS)
+BACKBONES = (*VITS, *VMAMBAS, *RESNETS)
 
 
 def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
     """-> nn.Module with .dim; module(x (B, 3, H, W) float, normalised) -> z (B, dim), for any H, W that module.stride divides.
 
-    img_size (the grid of the position embedding), patch_size and drop_path matter to the ViTs alone. ResNets are torchvision's own without
+    img_size (the grid of the position embedding) and patch_size matter to the ViTs alone, drop_path to them and VMamba. ResNets are torchvision's own without
     fc (method.md names 18 and 50; any torchvision ResNet will do). UsageError for an unknown name or a patch that does not divide."""
     if name in VITS:
         return ViT(*VITS[name], img_size, patch_size, drop_path)
+    if name in VMAMBAS:
+        return VMamba(*VMAMBAS[name], drop_path)
     if name in RESNETS:
         backbone = torchvision.models.get_model(name, weights=None)
         backbone.dim, backbone.stride = backbone.fc.in_features, 1
@@ -311,9 +314,9 @@ COUNTER = "num_batches_tracked"  # of batch norm, steps seen: files older than P
 def load_backbone(path, part="teacher"):
     """Backbone weights -> (backbone in eval mode, config dict); prints what was loaded; never leaves a weight at random.
 
-    path: our ckpt.pt or backbone.pt; DINO's full or backbone-only checkpoint; timm's ViT, torchvision's ResNet state dict. part: 'teacher' or
+    path: our ckpt.pt or backbone.pt; DINO's full or backbone-only checkpoint; timm's ViT, torchvision's ResNet state dict; VMamba's checkpoint. part: 'teacher' or
     'student', where the file holds both. For foreign files the config tells arch, img_size and patch_size, found from the tensors' shapes.
-    Strict: every key and shape must match one of BACKBONES; only the classifiers (head.*, fc.*) and projection heads of the files are left out."""
+    Strict: every key and shape must match one of BACKBONES; only the classifiers (head.*, fc.*, classifier.head.*) and projection heads of the files are left out."""
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not weights by name")
@@ -329,7 +332,7 @@ def load_backbone(path, part="teacher"):
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc."))}
+    state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc.", "classifier.head."))}
 
     arch, img_size, patch_size = _recognise(state, path)
     if config and config.get("arch") != arch:

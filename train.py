@@ -26,12 +26,13 @@ from tqdm import tqdm
 import data
 import losses
 import probe
+import vmamba
 from augment import RECIPES, augment_views, denormalize
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
 from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, synchronise_batch_norm
 
-MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "device", "compile", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
+MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
 
 # ------------------------------------------------------------------------------------------------ schedules: functions of the step
 
@@ -178,9 +179,10 @@ def make_run(config, steps_per_epoch, device, world=1):
     """Student, teacher (a copy), optimiser and centres, fresh from config.seed or from config.init_from."""
     torch.manual_seed(config.seed)
     network = build_network(config)
-    if config.local_size % network.backbone.stride:
-        raise UsageError(f"local_size={config.local_size} is not a multiple of {config.arch}'s {network.backbone.stride}: "
-                         f"take {max(1, round(config.local_size / network.backbone.stride)) * network.backbone.stride}")
+    stride = network.backbone.stride
+    for name, size in (("img_size", config.img_size), ("local_size", config.local_size)):
+        if size % stride:
+            raise UsageError(f"{name}={size} is not a multiple of {config.arch}'s {stride}: take {max(1, round(size / stride)) * stride}")
     if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):  # a run that continues needs it no more
         given, facts = load_backbone(config.init_from)
         if [(name, p.shape) for name, p in given.named_parameters()] != [(name, p.shape) for name, p in network.backbone.named_parameters()]:
@@ -207,9 +209,10 @@ def make_run(config, steps_per_epoch, device, world=1):
 
 
 def make_optimizer(network, config):
-    """AdamW or SGD over two groups: matrices, which decay, and biases and norms, which do not."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim > 1], decays=True), dict(params=[p for p in trained if p.ndim <= 1], decays=False)]
+    """AdamW or SGD over two groups: matrices, which decay, and biases, norms and VMamba's decay rates, which do not."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    matrices = [name for name, p in trained.items() if p.ndim > 1 and not name.endswith(vmamba.NO_DECAY)]
+    groups = [dict(params=[trained[name] for name in matrices], decays=True), dict(params=[p for name, p in trained.items() if name not in matrices], decays=False)]
     return torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(groups, fused=True)
 
 
@@ -283,6 +286,8 @@ def describe(run, step, world, images):
     print(f"{len(images)} images of {config.data}" + (f", {len(images.classes)} classes" if images.classes else ", no labels"))
     print(f"{world} x {device}, {config.precision}; batch {config.batch_size} = {world} x {share // micro_batch(share, config)} x {micro_batch(share, config)} "
           f"(ranks x accumulated x at once); peak lr {config.lr * config.batch_size / 256:.3g}")
+    if config.arch in vmamba.VMAMBAS:
+        print(f"selective scan: {vmamba.choose_backend(run.device)}")
     if step:
         print(f"continuing {config.out_dir} at step {step} of {config.epochs * run.steps_per_epoch}")
     elif config.init_from:
@@ -347,6 +352,7 @@ def main(argv):
         return print(greeting())
     config = configure(Config, argv)
     rank, world, device = probe.join_processes(config.device)
+    vmamba.default_backend = None if config.scan == "auto" else config.scan
     config.device, (config.precision, _) = device.type, probe.choose_precision(config.precision, device)  # resolved, for config.json and a resume elsewhere
     if device.type == "cuda" and config.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32: the prototypes' logits

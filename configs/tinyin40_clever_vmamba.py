@@ -1,0 +1,19 @@
+"""CLeVER with vmamba_micro on 40 classes of Tiny ImageNet: VMamba on a CPU, the scan in PyTorch.
+
+    python train.py configs/tinyin40_clever_vmamba.py --data=/path/to/tinyin40
+    python probe.py --ckpt=out/tinyin40_clever_vmamba/ckpt.pt --data=/path/to/tinyin40
+
+Hardware, time and accuracy: the README's table. The reasons for the knobs stand in tinyin40_clever.py.
+"""
+data = "data/tinyin40"
+arch = "vmamba_micro"
+img_size, local_size, local_crops = 64, 32, 4  # its stride of 32 divides them
+out_dim, head_hidden = 1024, 512
+drop_path = 0.0
+blur = solarize = False
+epochs, warmup_epochs = 5, 1
+batch_size, lr = 64, 4e-3
+ema = 0.99
+workers = 1
+eval_every = 5
+out_dir = "out/tinyin40_clever_vmamba"
