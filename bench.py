@@ -29,6 +29,7 @@ import eval_linear
 import losses
 import probe
 import train
+import vmamba
 from augment import MEAN, RECIPES, STD, augment_views, crop_views
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key
@@ -195,6 +196,42 @@ def loss_row(device, batch=16, K=65536):
     return lambda: run(ours), lambda: run(textbook), batch
 
 
+# ------------------------------------------------------------------------------------------------ the selective scan
+
+
+def scan_row(device, images=2, channels=384, L=3136):
+    """selective_scan forward and backward at VMamba-T's first stage; textbook: the loop."""
+    generator = torch.Generator().manual_seed(0)
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+    given = [x.requires_grad_() for x in (normal(images, channels, L), normal(images, channels, L), -normal(channels, 1).exp(), normal(images, 4, 1, L), normal(images, 4, 1, L),
+                                          normal(channels), normal(channels))]
+
+    def run(backend):
+        grads = torch.autograd.grad(vmamba.selective_scan(*given, backend=backend).square().mean(), given)
+        return torch.stack([g.norm() for g in grads]).sum().item()
+
+    must_agree("gradients' norms", run(None), run("loop"), 1e-3)
+    return lambda: run(None), lambda: run("loop"), images
+
+
+def vmamba_row(device, batch=2):
+    """vmamba_tiny at 224 pixels, forward and backward; textbook: the same with the loop."""
+    torch.manual_seed(0)
+    backbone, x = build_backbone("vmamba_tiny").to(device), torch.randn(batch, 3, 224, 224, device=device)
+
+    def run(backend):
+        vmamba.default_backend = backend
+        backbone.zero_grad()
+        loss = backbone(x).square().mean()
+        loss.backward()
+        vmamba.default_backend = None
+        return backbone.patch_embed[0].weight.grad.norm().item()
+
+    must_agree("the first layer's gradient", run(None), run("loop"), 1e-2)
+    return lambda: run(None), lambda: run("loop"), batch
+
+
 # ------------------------------------------------------------------------------------------------ the evaluations
 
 
@@ -245,6 +282,8 @@ ROWS = {
     "views CAug, one core": lambda device: views_row("caug"),
     "views CAug+, one core": lambda device: views_row("caug+"),
     "loss over 10 views, batch 16, K 65536": lambda device: loss_row(device),
+    "selective scan (2, 384, 3136), N 1": lambda device: scan_row(device),
+    "vmamba_tiny at 224, forward + backward": lambda device: vmamba_row(device),
     "features, vit_micro/8 at 64 px": lambda device: features_row(device),
     "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda device: linear_row(device),
 }
