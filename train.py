@@ -179,6 +179,8 @@ def make_run(config, steps_per_epoch, device, world=1):
     """Student, teacher (a copy), optimiser and centres, fresh from config.seed or from config.init_from."""
     torch.manual_seed(config.seed)
     network = build_network(config)
+    if config.arch in vmamba.VMAMBAS:
+        vmamba.choose_backend(device)  # one that cannot run here is refused now
     stride = network.backbone.stride
     for name, size in (("img_size", config.img_size), ("local_size", config.local_size)):
         if size % stride:

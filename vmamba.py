@@ -62,7 +62,7 @@ def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
     u, delta = (x.unflatten(1, (K, -1)).permute(1, 0, 3, 2).contiguous() for x in (u, delta))      # (K, B, L, C)
     A, D, delta_bias = A.view(K, -1, N), D.view(K, -1), delta_bias.view(K, -1)                     # (K, C, N), (K, C), (K, C)
     B, C = B.permute(1, 0, 3, 2), C.permute(1, 0, 3, 2)                                            # (K, B, L, N)
-    scan = _TritonScan.apply if backend == "triton" else scan_torch
+    scan = scan_triton if backend == "triton" else scan_torch
     return scan(u, delta, A, B, C, D, delta_bias).permute(1, 0, 3, 2).flatten(1, 2)
 
 
@@ -331,47 +331,59 @@ if triton:
 CHUNK, BLOCK_C = 64, 32
 
 
-class _TritonScan(torch.autograd.Function):
-    """scan_torch's arguments and result; with a map (H, W) the steps are read from u, delta, B, C and written to y in map order, and u is the
-    same for all directions (expanded, not copied)."""
+@torch.compiler.disable
+def scan_triton(u, delta, A, B, C, D, delta_bias, size=None):
+    """scan_torch's arguments and result. With size = (H, W) all is in map order: u (B, H*W, C), the same for all directions, delta (K, B, H*W, C),
+    B, C (K, B, H*W, N) -> y (B, H*W, C), the directions' sum."""
+    return _TritonScan.apply(u, delta, A, B, C, D, delta_bias, size)
 
+
+class _TritonScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, bias, size=None):
         (K, images, L, channels), N = delta.shape, A.shape[2]
         A, D, bias = (x.float().contiguous() for x in (A, D, bias))
         H, W = size or (1, L)
+        us = u.stride() if size is None else (0, *u.stride())
         y = torch.empty_like(delta, dtype=torch.float32)
         states = [torch.empty(K, images, triton.cdiv(L, CHUNK), channels, device=u.device) for _ in range(N)]
         ctx.grid, ctx.size = (triton.cdiv(channels, BLOCK_C), K * images), size
         ctx.static = dict(N=N, CHUNKS=triton.cdiv(L, CHUNK), CROSS=size is not None, CHUNK=CHUNK, BLOCK_C=BLOCK_C)
         for n in range(N):
-            _scan_forward[ctx.grid](u, u.stride(), delta, delta.stride(), A, B, B.stride(), C, C.stride(), D, bias, y, y.stride(), states[n], images, channels, L, H, W, n=n, **ctx.static)
+            _scan_forward[ctx.grid](u, us, delta, delta.stride(), A, B, B.stride(), C, C.stride(), D, bias, y, y.stride(), states[n], images, channels, L, H, W, n=n, **ctx.static)
         ctx.save_for_backward(u, delta, A, B, C, D, bias, *states)
-        return y.to(u.dtype)
+        return (y if size is None else y.sum(0)).to(u.dtype)
 
     @staticmethod
     def backward(ctx, gy):
         u, delta, A, B, C, D, bias, *states = ctx.saved_tensors
         (K, images, L, channels), N, (H, W) = delta.shape, A.shape[2], ctx.size or (1, delta.shape[2])
+        us, gys = (x.stride() if ctx.size is None else (0, *x.stride()) for x in (u, gy))
         new = functools.partial(torch.empty, device=u.device)
         g, du, ddelta = (torch.empty_like(delta, dtype=torch.float32) for _ in range(3))
         dA, dD, dbias = new(K, images, channels, N), new(K, images, channels), new(K, images, channels)
         dB, dC = (new(ctx.grid[0], K, images, N, L) for _ in range(2))
         for n in range(N):
-            _scan_adjoint[ctx.grid](delta, delta.stride(), A, C, C.stride(), bias, gy, gy.stride(), g, g.stride(), images, channels, L, H, W, n=n, **ctx.static)
-            _scan_backward[ctx.grid](u, u.stride(), delta, delta.stride(), A, B, B.stride(), D, bias, gy, gy.stride(), g, g.stride(), states[n],
+            _scan_adjoint[ctx.grid](delta, delta.stride(), A, C, C.stride(), bias, gy, gys, g, g.stride(), images, channels, L, H, W, n=n, **ctx.static)
+            _scan_backward[ctx.grid](u, us, delta, delta.stride(), A, B, B.stride(), D, bias, gy, gys, g, g.stride(), states[n],
                                      du, ddelta, dA, dB, dC, dD, dbias, images, channels, L, H, W, n=n, **ctx.static)
         dB, dC = (x.sum(0).transpose(2, 3) for x in (dB, dC))                                      # (K, B, L, N)
+        du = du if ctx.size is None else du.sum(0)
         return du.to(u.dtype), ddelta.to(delta.dtype), dA.sum(1), dB.to(B.dtype), dC.to(C.dtype), dD.sum(1), dbias.sum(1), None
 
 
 # ------------------------------------------------------------------------------------------------ SS2D: the scan of a map in four directions
 
 
+def in_order(x, k):
+    """x (B, H, W, C) -> (B, H*W, C): its positions by rows (k = 0), by columns (1), or either backwards (2, 3)."""
+    steps = (x if k % 2 == 0 else x.transpose(1, 2)).flatten(1, 2)
+    return steps if k < 2 else steps.flip(1)
+
+
 def cross_scan(x):
-    """x (B, H, W, C) -> (4, B, H*W, C): its positions by rows, by columns, and both backwards."""
-    by_rows, by_columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
-    return torch.stack([by_rows, by_columns, by_rows.flip(1), by_columns.flip(1)])
+    """x (B, H, W, C) -> (4, B, H*W, C): its positions in the four orders."""
+    return torch.stack([in_order(x, k) for k in range(4)])
 
 
 def cross_merge(y, H, W):
@@ -414,9 +426,8 @@ class SS2D(nn.Module):
         if backend == "triton":  # everything stays in map order, the kernels read it by index
             low, write, read = numbers.flatten(1, 2).permute(2, 0, 1, 3).split([self.R, N, N], -1)  # (K, B, H*W, .)
             delta = self.delta(low)                                                                # (K, B, H*W, C)
-            u = u.flatten(1, 2).expand(K, -1, -1, -1)
-            return _TritonScan.apply(u, delta, A, write, read, D, self.dt_projs_bias, (H, W)).sum(0).view(images, H, W, C)
-        numbers = torch.stack([cross_scan(numbers[..., k, :])[k] for k in range(K)])               # (K, B, L, R + 2 N), each in its own order
+            return scan_triton(u.flatten(1, 2), delta, A, write, read, D, self.dt_projs_bias, (H, W)).view(images, H, W, C)
+        numbers = torch.stack([in_order(numbers[..., k, :], k) for k in range(K)])                 # (K, B, L, R + 2 N), each in its own order
         low, write, read = numbers.split([self.R, N, N], -1)
         us, delta = cross_scan(u), self.delta(low)                                                 # (K, B, L, C)
         if backend == "torch":

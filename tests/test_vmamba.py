@@ -240,3 +240,15 @@ def test_decay_rates_do_not_decay():
     [matrices, others] = [[names[id(p)] for p in group["params"]] for group in run.optimizer.param_groups]
     assert any(name.endswith("A_logs") for name in others) and any(name.endswith("dt_projs_bias") for name in others)
     assert any(name.endswith("x_proj_weight") for name in matrices) and not any(name.endswith(vmamba.NO_DECAY) for name in matrices)
+
+
+def test_it_trains_through_train_py_and_is_judged_like_the_others(folder, tmp_path):
+    import eval_linear
+    from conftest import arguments as knobs, run_script
+    done = run_script("train.py", *knobs(arch="vmamba_micro", img_size=32, local_size=32, drop_path=0.2, data=folder, out_dir=tmp_path))
+    assert "selective scan: torch" in done.stdout
+    eval_linear.main([f"--ckpt={tmp_path / 'ckpt.pt'}", "--tests=orig", "--epochs=1", "--batch_size=32", "--workers=0", "--precision=fp32", "--device=cpu"])
+    wrong = run_script("train.py", *knobs(arch="vmamba_micro", img_size=32, local_size=16, data=folder, out_dir=tmp_path / "other"), check=False)
+    assert wrong.returncode == 2 and "local_size=16 is not a multiple of vmamba_micro's 32: take 32" in wrong.stderr
+    wrong = run_script("train.py", *knobs(arch="vmamba_micro", img_size=32, local_size=32, data=folder, scan="triton", out_dir=tmp_path / "other"), check=False)
+    assert wrong.returncode == 2 and "take --scan=torch" in wrong.stderr and not (tmp_path / "other").exists()
