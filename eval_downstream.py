@@ -36,7 +36,7 @@ SETS = ("cub200", "flowers102", "food101", "pets")
 class DownstreamConfig:
     """Knobs of eval_downstream.py: fine-tuning or linear probes on a task."""
     # what is judged
-    ckpt: str = ""              # checkpoint or weight file: ours, DINO's, timm's or torchvision's
+    ckpt: str = ""              # checkpoint or weight file: ours, DINO's, timm's, torchvision's or VMamba's
     compare: str = ""           # a second one of the same architecture, such as DINO's beside CLeVER's
     untrained: bool = False     # also judge the same backbone with random weights
     arch: str = ""              # of a foreign file; found from its weights, this is a check
@@ -68,6 +68,7 @@ class DownstreamConfig:
     workers: int = 8
     device: str = "auto"
     precision: str = "auto"
+    scan: str = "auto"          # VMamba's selective scan, as in train.py
     out: str = ""               # folder for results.json; default: the checkpoint's
 
     def __post_init__(self):

@@ -49,7 +49,7 @@ PUBLISHED = {  # (method, arch, recipe) -> linear top-1 of IN-100, 200 epochs (t
 class LinearConfig:
     """Knobs of eval_linear.py: linear probes and kNN on clean and perturbed images."""
     # what is judged
-    ckpt: str = ""              # checkpoint or weight file: ours, DINO's, timm's or torchvision's
+    ckpt: str = ""              # checkpoint or weight file: ours, DINO's, timm's, torchvision's or VMamba's
     compare: str = ""           # a second one of the same architecture, such as DINO's beside CLeVER's
     untrained: bool = False     # also judge the same backbone with random weights
     arch: str = ""              # of a foreign file; found from its weights, this is a check
@@ -78,6 +78,7 @@ class LinearConfig:
     workers: int = 8
     device: str = "auto"
     precision: str = "auto"
+    scan: str = "auto"          # VMamba's selective scan, as in train.py
     out: str = ""               # folder for results.json; default: the checkpoint's
 
 
@@ -417,6 +418,7 @@ def data_of(config, trained):
 def start(config):
     """What every evaluation begins with -> models, the checkpoint's config, its crop's side, device, precision, autocast, results folder."""
     _, _, device = probe.join_processes(config.device)
+    probe.choose_scan(config.scan)
     precision, autocast = probe.choose_precision(config.precision, device)
     models, trained = probe.open_models(config, device, config.untrained)
     if config.arch and config.arch != trained["arch"]:

@@ -320,7 +320,7 @@ def load_backbone(path, part="teacher"):
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not weights by name")
-    config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) else {}
+    config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) and "arch" in checkpoint["config"] else {}  # ours, no one else's
     if "student" in checkpoint or "teacher" in checkpoint:
         if part not in checkpoint:
             raise UsageError(f"{path}: no part {part!r}; there is {', '.join(name for name in ('student', 'teacher') if name in checkpoint)}")
@@ -333,6 +333,9 @@ def load_backbone(path, part="teacher"):
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc.", "classifier.head."))}
+
+    one_by_one = (".in_proj.weight", ".out_proj.weight", ".fc1.weight", ".fc2.weight")  # VMamba has saved linear maps as 1 x 1 convolutions too
+    state = {key: value.flatten(1) if key.endswith(one_by_one) and getattr(value, "ndim", 0) == 4 else value for key, value in state.items()}
 
     arch, img_size, patch_size = _recognise(state, path)
     if config and config.get("arch") != arch:

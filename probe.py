@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import vmamba
 from augment import PERTURBATIONS, augment
 from configurator import UsageError, configure, exit_on_usage_error
 from draws import key
@@ -254,6 +255,11 @@ def choose_device(name):
     return torch.device("cuda", local_rank)
 
 
+def choose_scan(name):
+    """'auto', 'triton', 'torch' or 'loop': which selective scan VMamba takes from now on."""
+    vmamba.default_backend = None if name == "auto" else name
+
+
 def choose_precision(name, device):
     """'auto', 'bf16' or 'fp32' -> (the one it is, the autocast context to compute in). Parameters, losses and EMA are fp32 either way."""
     amx_is_broken = device.type == "cpu" and _do_without_broken_amx()
@@ -339,12 +345,14 @@ class ProbeConfig:
     seed: int = 0           # of the rotations and of the untrained weights
     device: str = "auto"
     precision: str = "auto"
+    scan: str = "auto"      # VMamba's selective scan, as in train.py
     out: str = ""           # folder for results.json; default: the checkpoint's
 
 
 def main(argv):
     config = configure(ProbeConfig, argv)
     device = choose_device(config.device)
+    choose_scan(config.scan)
     precision, autocast = choose_precision(config.precision, device)
     start = time.perf_counter()
     models, trained = open_models(config, device, untrained=True)

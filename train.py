@@ -182,7 +182,7 @@ def make_run(config, steps_per_epoch, device, world=1):
     if config.arch in vmamba.VMAMBAS:
         vmamba.choose_backend(device)  # one that cannot run here is refused now
     stride = network.backbone.stride
-    for name, size in (("img_size", config.img_size), ("local_size", config.local_size)):
+    for name, size in (("img_size", config.img_size), ("local_size", config.local_size if config.local_crops else stride)):
         if size % stride:
             raise UsageError(f"{name}={size} is not a multiple of {config.arch}'s {stride}: take {max(1, round(size / stride)) * stride}")
     if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):  # a run that continues needs it no more
@@ -198,6 +198,7 @@ def make_run(config, steps_per_epoch, device, world=1):
         student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                                             broadcast_buffers=False)
     if config.compile:
+        vmamba.keep_out_of_graphs()
         torch._dynamo.config.recompile_limit = 128  # a graph a block, resolution and network, for their drop path rates differ
         for net in (network, teacher):
             for block in getattr(net.backbone, "blocks", [net.backbone]):
@@ -354,7 +355,7 @@ def main(argv):
         return print(greeting())
     config = configure(Config, argv)
     rank, world, device = probe.join_processes(config.device)
-    vmamba.default_backend = None if config.scan == "auto" else config.scan
+    probe.choose_scan(config.scan)
     config.device, (config.precision, _) = device.type, probe.choose_precision(config.precision, device)  # resolved, for config.json and a resume elsewhere
     if device.type == "cuda" and config.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32: the prototypes' logits

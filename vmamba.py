@@ -30,10 +30,11 @@ import torch.nn.functional as F
 from configurator import UsageError
 
 BACKENDS = ("loop", "torch", "triton")
-default_backend = None  # what backend=None means; None: Triton on a GPU that has it, else torch. train.py sets it from --scan
+default_backend = None  # what backend=None means; None: Triton on a GPU that has it, else torch. The scripts set it from --scan
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, very slowly: for tests
 
 try:
-    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+    if not (torch.cuda.is_available() or INTERPRETED):
         raise ImportError  # importing it takes a second, and there is nothing to run it on
     import triton
     import triton.language as tl
@@ -43,16 +44,17 @@ except ImportError:
 
 def choose_backend(device, backend=None):
     """-> 'loop', 'torch' or 'triton' for tensors on `device`; UsageError for one that cannot run here."""
-    backend = backend or default_backend or ("triton" if triton and device.type == "cuda" else "torch")
+    can_triton = triton is not None and (INTERPRETED or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0))
+    backend = backend or default_backend or ("triton" if can_triton and device.type == "cuda" else "torch")
     if backend not in BACKENDS:
         raise UsageError(f"scan={backend}: choose from {', '.join(BACKENDS)}")
-    if backend == "triton" and not triton:
-        raise UsageError("scan=triton: Triton is not installed, or there is no GPU to run it; take --scan=torch")
+    if backend == "triton" and not can_triton:
+        raise UsageError("scan=triton: Triton is not installed, or there is no GPU that it runs on; take --scan=torch")
     return backend
 
 
 def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
-    """u, delta (B, K*C, L), A (K*C, N), B, C (B, K, N, L), D, delta_bias (K*C,) -> y (B, K*C, L), in u's dtype, fp32 inside (fp64 for fp64).
+    """u, delta (B, K*C, L), A (K*C, N), B, C (B, K, N, L), D, delta_bias (K*C,) -> y (B, K*C, L), in u's dtype, fp32 inside (for fp64 inputs 'loop' and 'torch' compute in fp64).
 
     backend: 'loop', 'torch', 'triton' or None, see choose_backend. Differentiable in all seven."""
     backend = choose_backend(u.device, backend)
@@ -63,7 +65,7 @@ def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
     A, D, delta_bias = A.view(K, -1, N), D.view(K, -1), delta_bias.view(K, -1)                     # (K, C, N), (K, C), (K, C)
     B, C = B.permute(1, 0, 3, 2), C.permute(1, 0, 3, 2)                                            # (K, B, L, N)
     scan = scan_triton if backend == "triton" else scan_torch
-    return scan(u, delta, A, B, C, D, delta_bias).permute(1, 0, 3, 2).flatten(1, 2)
+    return scan(u, delta, A, B, C, D, delta_bias).permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
 
 
 def scan_loop(u, delta, A, B, C, D, delta_bias):
@@ -80,12 +82,17 @@ def scan_loop(u, delta, A, B, C, D, delta_bias):
     return (torch.stack(y, -1) + D[:, None] * u32).to(u.dtype)
 
 
+def keep_out_of_graphs():
+    """Before torch.compile: it is to leave the scans as they are, for a graph of hundreds of unrolled steps would gain nothing."""
+    for name in ("scan_loop", "scan_torch", "scan_triton"):
+        globals()[name] = torch.compiler.disable(globals()[name])
+
+
 # ------------------------------------------------------------------------------------------------ the fast scan in PyTorch
 
 
-@torch.compiler.disable  # a graph of hundreds of unrolled steps would gain nothing
 def scan_torch(u, delta, A, B, C, D, delta_bias):
-    """u, delta (K, B, L, C), A (K, C, N), B, C (K, B, L, N), D, delta_bias (K, C) -> y (K, B, L, C).
+    """u, delta (K, B, L, C), A (K, C, N), B, C (K, B, L, N), D, delta_bias (K, C) -> y (K, B, L, C), fp32 (fp64).
 
     The L steps are laid out as rows x width, both about sqrt(L). Where L is prime or nearly so, steps that do nothing are added at the end."""
     L = u.shape[2]
@@ -117,9 +124,10 @@ class _TorchScan(torch.autograd.Function):
             y.addcmul_(_states(a, b, entering[-1], out=b), C32[..., n, None])
         ctx.width = width
         ctx.save_for_backward(u, delta, A, B, C, D, bias, *entering)
-        return y.flatten(2, 3).to(u.dtype)
+        return y.flatten(2, 3)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
         u, delta, A, B, C, D, bias, *entering = ctx.saved_tensors
         work = torch.promote_types(u.dtype, torch.float32)
@@ -137,8 +145,8 @@ class _TorchScan(torch.autograd.Function):
             h = _states(a, b, entering[n], out=torch.empty_like(b))
             g = gy * C32[..., n, None]
             g = _gradients(a, g, (sum_dt * A_n).exp_())                                            # dL/dh_l = C_l gy_l + a_{l+1} dL/dh_{l+1}
-            grad_C[..., n] = torch.linalg.vecdot(gy, h)
-            grad_B[..., n] = torch.linalg.vecdot(g, x)
+            grad_C[..., n] = (gy * h).sum(-1)
+            grad_B[..., n] = (g * x).sum(-1)
             through_a = h.sub_(b).mul_(g)                                                          # a_l h_{l-1} dL/dh_l
             grad_A[..., n] = (through_a * dt).sum((1, 2, 3))
             grad_dt.addcmul_(through_a, A_n[:, :, :, None])
@@ -191,7 +199,8 @@ def _gradients(a, c, total):
 #
 # A program owns one image, one direction and BLOCK_C channels, and walks over the L steps in chunks of CHUNK. Within a chunk
 # tl.associative_scan composes the maps h -> a h + b; the chunk's first state comes from the one before. The forward saves each chunk's first
-# state. The backward is two kernels, so that each only ever scans in the order in which it loads (a scan with reverse=True has been wrong on
+# state. The projection to delta stays a matrix product outside, and a program does one direction: the four run side by side. The number of
+# chunks is a constant of the compiled kernel, one for each size of map. The backward is two kernels, so that each only ever scans in the order in which it loads (a scan with reverse=True has been wrong on
 # some versions of Triton): the first walks from the end and writes dL/dh, the second walks from the start, recomputes h and has all it needs.
 # With CROSS a step l of direction k is the map's position _position(l, k): nothing is permuted or copied four times. Sums over channels and images
 # are partial sums added up outside, in a fixed order: the same bits each time.
@@ -204,8 +213,9 @@ if triton:
 
     @triton.jit
     def _softplus(x):
-        e = tl.exp(tl.minimum(x, 20.0))
-        return tl.where(x > 20.0, x, tl.where(e < 1e-3, e - 0.5 * e * e, tl.log(1.0 + e)))  # 1 + e would round a small e away
+        e = tl.exp(tl.where(x > 20.0, 20.0, x))  # not tl.minimum, which turns NaN into 20
+        series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - 0.25 * e)))  # 1 + e would round much of a small e away
+        return tl.where(x > 20.0, x, tl.where(e < 0.03, series, tl.log(1.0 + e)))
 
     @triton.jit
     def _position(l, k, L, H, W, CROSS: tl.constexpr):
@@ -331,11 +341,11 @@ if triton:
 CHUNK, BLOCK_C = 64, 32
 
 
-@torch.compiler.disable
 def scan_triton(u, delta, A, B, C, D, delta_bias, size=None):
-    """scan_torch's arguments and result. With size = (H, W) all is in map order: u (B, H*W, C), the same for all directions, delta (K, B, H*W, C),
+    """scan_torch's arguments and result, always fp32 inside. With size = (H, W) all is in map order: u (B, H*W, C), the same for all directions, delta (K, B, H*W, C),
     B, C (K, B, H*W, N) -> y (B, H*W, C), the directions' sum."""
-    return _TritonScan.apply(u, delta, A, B, C, D, delta_bias, size)
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        return _TritonScan.apply(u, delta, A, B, C, D, delta_bias, size)
 
 
 class _TritonScan(torch.autograd.Function):
@@ -346,20 +356,21 @@ class _TritonScan(torch.autograd.Function):
         H, W = size or (1, L)
         us = u.stride() if size is None else (0, *u.stride())
         y = torch.empty_like(delta, dtype=torch.float32)
-        states = [torch.empty(K, images, triton.cdiv(L, CHUNK), channels, device=u.device) for _ in range(N)]
+        states = [torch.empty(K, images, triton.cdiv(L, CHUNK), channels, device=u.device, dtype=torch.float32) for _ in range(N)]
         ctx.grid, ctx.size = (triton.cdiv(channels, BLOCK_C), K * images), size
         ctx.static = dict(N=N, CHUNKS=triton.cdiv(L, CHUNK), CROSS=size is not None, CHUNK=CHUNK, BLOCK_C=BLOCK_C)
         for n in range(N):
             _scan_forward[ctx.grid](u, us, delta, delta.stride(), A, B, B.stride(), C, C.stride(), D, bias, y, y.stride(), states[n], images, channels, L, H, W, n=n, **ctx.static)
         ctx.save_for_backward(u, delta, A, B, C, D, bias, *states)
-        return (y if size is None else y.sum(0)).to(u.dtype)
+        return y if size is None else y.sum(0)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gy):
         u, delta, A, B, C, D, bias, *states = ctx.saved_tensors
         (K, images, L, channels), N, (H, W) = delta.shape, A.shape[2], ctx.size or (1, delta.shape[2])
         us, gys = (x.stride() if ctx.size is None else (0, *x.stride()) for x in (u, gy))
-        new = functools.partial(torch.empty, device=u.device)
+        new = functools.partial(torch.empty, device=u.device, dtype=torch.float32)
         g, du, ddelta = (torch.empty_like(delta, dtype=torch.float32) for _ in range(3))
         dA, dD, dbias = new(K, images, channels, N), new(K, images, channels), new(K, images, channels)
         dB, dC = (new(ctx.grid[0], K, images, N, L) for _ in range(2))
@@ -395,11 +406,12 @@ def cross_merge(y, H, W):
 class SS2D(nn.Module):
     """2-D selective scan (VMamba, version 2 without the z branch): x (B, H, W, width) -> the same shape.
 
-    Linear width -> C, depthwise 3 x 3 convolution, SiLU, four scans, LayerNorm, linear C -> width. delta, B and C of the scans come from one
-    linear map of the position to 4 (R + 2 N) numbers: it is taken before the four orders are, which the same numbers four times over cost."""
+    Linear width -> C, depthwise 3 x 3 convolution, SiLU, four scans, LayerNorm, linear C -> width. delta, B and C of the four scans are a linear
+    map of each position to 4 (R + 2 N) numbers. It is computed once on the map; what is then put in four orders are those few numbers."""
 
-    def __init__(self, width, ratio, N=1, K=4):
+    def __init__(self, width, ratio, N=1):
         super().__init__()
+        K = 4
         C, self.R, self.N = int(ratio * width), math.ceil(width / 16), N
         self.in_proj = nn.Linear(width, C, bias=False)
         self.conv2d = nn.Conv2d(C, C, 3, padding=1, groups=C, bias=False)
@@ -418,7 +430,7 @@ class SS2D(nn.Module):
         return self.out_proj(self.out_norm(self.scan(u)))
 
     def scan(self, u):
-        """u (B, H, W, C) -> (B, H, W, C), the four scans' sum."""
+        """u (B, H, W, C) -> (B, H, W, C), the four scans' sum, added up in fp32."""
         (images, H, W, C), K, N = u.shape, len(self.x_proj_weight), self.N
         backend = choose_backend(u.device)
         numbers = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))              # (B, H, W, K, R + 2 N)
@@ -426,7 +438,7 @@ class SS2D(nn.Module):
         if backend == "triton":  # everything stays in map order, the kernels read it by index
             low, write, read = numbers.flatten(1, 2).permute(2, 0, 1, 3).split([self.R, N, N], -1)  # (K, B, H*W, .)
             delta = self.delta(low)                                                                # (K, B, H*W, C)
-            return scan_triton(u.flatten(1, 2), delta, A, write, read, D, self.dt_projs_bias, (H, W)).view(images, H, W, C)
+            return scan_triton(u.flatten(1, 2), delta, A, write, read, D, self.dt_projs_bias, (H, W)).view(images, H, W, C).to(u.dtype)
         numbers = torch.stack([in_order(numbers[..., k, :], k) for k in range(K)])                 # (K, B, L, R + 2 N), each in its own order
         low, write, read = numbers.split([self.R, N, N], -1)
         us, delta = cross_scan(u), self.delta(low)                                                 # (K, B, L, C)
@@ -437,7 +449,7 @@ class SS2D(nn.Module):
             us, delta, write, read = by_channel
             y = selective_scan(us.flatten(1, 2), delta.flatten(1, 2), A.view(-1, N), write, read, D.flatten(), self.dt_projs_bias.flatten(), backend)
             y = y.unflatten(1, (K, C)).permute(1, 0, 3, 2)
-        return cross_merge(y, H, W)
+        return cross_merge(y, H, W).to(u.dtype)
 
     def delta(self, low):
         """low (K, B, L, R) -> (K, B, L, C), before the bias and softplus."""

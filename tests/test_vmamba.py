@@ -41,8 +41,9 @@ def test_torch_scan_is_the_loop(L, N):
 
 
 @pytest.mark.parametrize("backend", ["loop", "torch"])
-def test_gradients_are_the_finite_differences(backend):
-    assert torch.autograd.gradcheck(lambda *given: vmamba.selective_scan(*given, backend=backend), arguments(1, 2, 2, 2, 7))
+@pytest.mark.parametrize("N, L", [(1, 1), (1, 7), (2, 5), (4, 3)])
+def test_gradients_are_the_finite_differences(backend, N, L):
+    assert torch.autograd.gradcheck(lambda *given: vmamba.selective_scan(*given, backend=backend), arguments(1, 2, 2, N, L))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
@@ -103,26 +104,29 @@ def compare_triton(device, dtype, tolerance, sizes):
             error = (got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
             assert error < tolerance, (C, N, H, W, name, error)
         torch.manual_seed(0)
-        module = vmamba.SS2D(C, 1.0, N).to(device, dtype)
-        x = torch.randn(images, H, W, C, device=device, dtype=dtype)
+        module = vmamba.SS2D(C, 1.0, N).to(device)
+        x = torch.randn(images, H, W, C, device=device)
         results = []
-        for backend in ("triton", "torch"):
+        for backend, autocast in (("triton", False), ("torch", False), ("triton", True)):
             vmamba.default_backend, x_ = backend, x.clone().requires_grad_()
-            y = module(x_)
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                y = module(x_)
             module.zero_grad()
-            y.square().sum().backward()
-            results.append([y.detach(), x_.grad, *(p.grad.clone() for p in module.parameters())])
+            y.float().square().sum().backward()
+            results.append([y.detach().float(), x_.grad, *(p.grad.clone() for p in module.parameters())])
         vmamba.default_backend = None
-        for got, expected in zip(*results):
-            error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-            assert error < 10 * tolerance, (C, N, H, W, error)
+        for tolerated, got in ((10 * tolerance, results[0]), (0.1, results[2])):
+            for a, expected in zip(got, results[1]):
+                error = (a - expected).norm() / expected.norm().clamp(min=1e-3)
+                assert error < tolerated, (C, N, H, W, error)
 
 
 def test_triton_kernels_in_the_interpreter():
     """In a process of its own, for Triton decides at import whether it interprets. Small tiles, so that chunks and blocks of channels meet."""
     pytest.importorskip("triton", reason="Triton is not installed here")
     code = ("import torch, vmamba, test_vmamba; vmamba.CHUNK, vmamba.BLOCK_C = 8, 4; "
-            "test_vmamba.compare_triton('cpu', torch.float32, 1e-4, [(1, 3, 2, 5, 3), (1, 5, 1, 3, 7), (1, 2, 1, 1, 1)])")
+            "test_vmamba.compare_triton('cpu', torch.float32, 1e-4, [(1, 3, 2, 5, 3), (1, 5, 1, 3, 7), (1, 2, 1, 1, 1)]); "
+            "vmamba.CHUNK, vmamba.BLOCK_C = 64, 32; test_vmamba.compare_triton('cpu', torch.float32, 1e-4, [(1, 33, 1, 11, 6)])")  # the tile that is shipped
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -211,14 +215,21 @@ def test_published_files_load_strictly(tmp_path):
     save_atomically(file, str(tmp_path / "vmamba.pth"))
     backbone, facts = load_backbone(str(tmp_path / "vmamba.pth"))
     assert facts["arch"] == "vmamba_micro" and all(torch.equal(state[key], value) for key, value in backbone.state_dict().items())
+    as_convolutions = {key: value[:, :, None, None] if key.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")) else value for key, value in state.items()}
+    save_atomically({"model": as_convolutions, "config": {"MODEL": "foreign"}}, str(tmp_path / "old.pth"))
+    backbone, _ = load_backbone(str(tmp_path / "old.pth"))
+    assert all(torch.equal(state[key], value) for key, value in backbone.state_dict().items())
     file["model"].pop("layers.0.blocks.0.op.Ds")
     save_atomically(file, str(tmp_path / "vmamba.pth"))
     with pytest.raises(UsageError, match="vmamba_micro, where 1 entries differ"):
         load_backbone(str(tmp_path / "vmamba.pth"))
 
 
-def test_a_compiled_block_is_the_eager_one():
+def test_a_compiled_block_is_the_eager_one(monkeypatch):
     """The scan itself is left out of the graph; what is around it compiles (here without a code generator: that needs a C++ compiler)."""
+    for name in ("scan_loop", "scan_torch", "scan_triton"):
+        monkeypatch.setattr(vmamba, name, getattr(vmamba, name))  # so that they are put back
+    vmamba.keep_out_of_graphs()
     torch.manual_seed(0)
     block, x = vmamba.VSSBlock(32, 1.0, 0.0), torch.randn(2, 4, 4, 32)
     compiled = torch.compile(block, backend="aot_eager", dynamic=False)
