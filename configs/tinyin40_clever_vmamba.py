@@ -3,7 +3,7 @@
     python train.py configs/tinyin40_clever_vmamba.py --data=/path/to/tinyin40
     python probe.py --ckpt=out/tinyin40_clever_vmamba/ckpt.pt --data=/path/to/tinyin40
 
-Hardware, time and accuracy: the README's table. The reasons for the knobs stand in tinyin40_clever.py.
+Hardware, time and what it reached (little yet): the README. The reasons for the knobs stand in tinyin40_clever.py.
 """
 data = "data/tinyin40"
 arch = "vmamba_micro"
