@@ -261,7 +261,7 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
 
 def test_it_learns(tmp_path):
     """A minute's training on the built-in data: the probe of the class must clearly beat the untrained backbone's, and so must kNN."""
-    run_script("train.py", "configs/demo.py", "--epochs=4", f"--out_dir={tmp_path}", "--workers=0", "--eval_every=0", OMP_NUM_THREADS=str(os.cpu_count()))
+    run_script("train.py", "configs/demo.py", "--epochs=4", f"--out_dir={tmp_path}", "--workers=0", "--eval_every=0", timeout=1800, OMP_NUM_THREADS=str(os.cpu_count()))
     [result] = json.loads((tmp_path / "results.json").read_text())
     value = {(row["row"], row["part"], row["metric"]): row["value"] for row in result["rows"]}
     assert value["clever", "full", "class"] > value["untrained", "full", "class"] + 8
