@@ -57,6 +57,14 @@ def open_splits(data, classes="", root="data", download=False, img_size=64):
     return train, val
 
 
+def labelled_splits(data, classes="", root="data", download=False, img_size=64):
+    """open_splits for evaluations: UsageError unless both splits are there and labelled."""
+    train, val = open_splits(data, classes, root, download, img_size)
+    if val is None or train.labels.min() < 0:
+        raise UsageError(f"data={data}: an evaluation needs labels, train/CLASS and val/CLASS folders")
+    return train, val
+
+
 def open_images(data, split, classes="", root="data", download=False, img_size=64):
     """-> Images of `data`'s split ('train' or 'val'), or None where a folder has no such split.
 

@@ -103,7 +103,7 @@ def open_task(config, trained, size):
         config.data, config.classes = config.data or ("pets" if name in ROTATION else ""), "" if config.classes == "all" else config.classes
         if not config.data:
             raise UsageError("task=folder: give --data=FOLDER, with train/CLASS and val/CLASS in it")
-    train, test = eval_linear.labelled_splits(config.data, config.classes, config, size)
+    train, test = data.labelled_splits(config.data, config.classes, config.data_root, config.download, size)
     if name in SEMI:
         chosen = data.listed(train, config.subset_list) if config.subset_list else data.some_of_each(train.labels, SEMI[name], config.seed)
         train = data.subset(train, chosen)

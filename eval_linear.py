@@ -29,7 +29,6 @@ from configurator import UsageError, configure, exit_on_usage_error, nearest
 from draws import key, uniforms
 from model import read_checkpoint, save_atomically, split
 
-MAIN_TABLE = "orig,cj,cj+flip,cj+ro,cj+ro+et"  # the columns of the paper
 CROP_SCALE = (0.08, 1.0)  # of the image's area, a classifier's training views (torchvision's default; DINO's eval_linear)
 PUBLISHED = {  # (method, arch, recipe) -> linear top-1 of IN-100, 200 epochs (the authors' README; method.md section 7): orig, cj+ro
     ("dino", "vit_tiny", "caug"): (66.2, 62.6), ("clever", "vit_tiny", "caug"): (68.7, 66.0),
@@ -339,8 +338,8 @@ def from_kept(kept, schedule, seed):
         z, y = kept[0]
         z, y = torch.empty(len(index), z.shape[1], device=z.device), torch.empty(len(index), dtype=y.dtype, device=y.device)
         for v, (kept_z, kept_y) in enumerate(kept):
-            mine = (view == v).nonzero()[:, 0].to(z.device)
-            z[mine], y[mine] = kept_z[index[view == v].to(z.device)].float(), kept_y[index[view == v].to(z.device)]
+            mine, chosen = (view == v).nonzero()[:, 0].to(z.device), index[view == v].to(z.device)
+            z[mine], y[mine] = kept_z[chosen].float(), kept_y[chosen]
         yield z, y
 
 
@@ -439,21 +438,13 @@ def finish(task, protocol, partial, out, seconds, rows, published=()):
     probe.leave_processes()
 
 
-def labelled_splits(source, classes, config, size):
-    """-> train and val Images with labels, or a UsageError."""
-    train, val = data.open_splits(source, classes, config.data_root, config.download, size)
-    if val is None or train.labels.min() < 0:
-        raise UsageError(f"data={source}: an evaluation needs labels, train/CLASS and val/CLASS folders")
-    return train, val
-
-
 def main(argv):
     since = time.perf_counter()
     config = configure(LinearConfig, argv)
     tests = perturbations(config.tests)
     models, trained, size, device, precision, autocast, out = start(config)
     config.data, config.classes = data_of(config, trained)
-    train, val = labelled_splits(config.data, config.classes, config, size)
+    train, val = data.labelled_splits(config.data, config.classes, config.data_root, config.download, size)
     config.batch_size = batch_of(config.batch_size, len(data.hold_out(train.labels, config.held_out, config.seed)[0]))
     task = Task("linear", train, val, len(train.classes), flipped, own_label, tests, perturbations("orig"))
     protocol = resolved_protocol(config, models, task, size, precision)

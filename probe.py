@@ -280,12 +280,15 @@ def _do_without_broken_amx():
         return False
     child = os.fork()
     if child == 0:
-        faulthandler.disable()
-        os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
-        torch.set_num_threads(1)
-        x = torch.ones(64, 64, dtype=torch.bfloat16)
-        F.linear(x, x)
-        os._exit(0)
+        try:
+            faulthandler.disable()
+            os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
+            torch.set_num_threads(1)
+            x = torch.ones(64, 64, dtype=torch.bfloat16)
+            F.linear(x, x)
+            os._exit(0)
+        finally:
+            os._exit(1)  # whatever was raised: the child must never go on as a second run
     is_broken = os.waitpid(child, 0)[1] != 0
     if is_broken:
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # processes started by this one inherit it
@@ -358,9 +361,7 @@ def main(argv):
     models, trained = open_models(config, device, untrained=True)
     out = results_folder(config)
     size = trained["img_size"]
-    train, val = data.open_splits(config.data, config.classes, config.data_root, img_size=size)
-    if val is None or train.labels.min() < 0:
-        raise UsageError(f"data={config.data}: a probe needs labels, train/CLASS and val/CLASS folders")
+    train, val = data.labelled_splits(config.data, config.classes, config.data_root, img_size=size)
     rows = judge(models, train, val, size, device, autocast, config.workers, config.seed)
     print("\n".join(table_lines(rows)))
     append_results(os.path.join(out, "results.json"), "probe", {**asdict(config), "precision": precision}, time.perf_counter() - start, rows)

@@ -54,7 +54,9 @@ def choose_backend(device, backend=None):
 
 
 def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
-    """u, delta (B, K*C, L), A (K*C, N), B, C (B, K, N, L), D, delta_bias (K*C,) -> y (B, K*C, L), in u's dtype, fp32 inside (for fp64 inputs 'loop' and 'torch' compute in fp64).
+    """u, delta (B, K*C, L), A (K*C, N), B, C (B, K, N, L), D, delta_bias (K*C,) -> y (B, K*C, L), in u's dtype.
+
+    fp32 inside (for fp64 inputs 'loop' and 'torch' compute in fp64).
 
     backend: 'loop', 'torch', 'triton' or None, see choose_backend. Differentiable in all seven."""
     backend = choose_backend(u.device, backend)
@@ -200,8 +202,8 @@ def _gradients(a, c, total):
 # A program owns one image, one direction and BLOCK_C channels, and walks over the L steps in chunks of CHUNK. Within a chunk
 # tl.associative_scan composes the maps h -> a h + b; the chunk's first state comes from the one before. The forward saves each chunk's first
 # state. The projection to delta stays a matrix product outside, and a program does one direction: the four run side by side. The number of
-# chunks is a constant of the compiled kernel, one for each size of map. The backward is two kernels, so that each only ever scans in the order in which it loads (a scan with reverse=True has been wrong on
-# some versions of Triton): the first walks from the end and writes dL/dh, the second walks from the start, recomputes h and has all it needs.
+# chunks is a constant of the compiled kernel, one for each size of map. The backward is two kernels, so that each only ever scans in the order
+# in which it loads (a scan with reverse=True has been wrong on some versions of Triton): the first walks from the end and writes dL/dh, the second walks from the start, recomputes h and has all it needs.
 # With CROSS a step l of direction k is the map's position _position(l, k): nothing is permuted or copied four times. Sums over channels and images
 # are partial sums added up outside, in a fixed order: the same bits each time.
 
