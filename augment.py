@@ -165,6 +165,11 @@ def transform(images, params):
     x = _on_rows(x, params["grey"], lambda rows, _: grey(rows).expand(-1, 3, -1, -1))
     x = _on_rows(x, params["blur"] > 0, lambda rows, chosen: blur(rows, params["blur"][chosen]))
     x = _on_rows(x, params["solarize"], lambda rows, _: torch.where(rows >= 128 / 255, 1 - rows, rows))
+    return normalize(x)
+
+
+def normalize(x):
+    """RGB in [0, 1] (N, 3, H, W) -> as networks take it."""
     return torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
 
 

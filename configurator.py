@@ -106,7 +106,7 @@ RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), ou
               min_lr=(0, 100), warmup_epochs=(0, _inf), weight_decay=(0, 100), weight_decay_end=(0, 100), clip=(0, _inf),
               freeze_last_layer=(0, _inf), log_every=(1, _inf), eval_every=(0, _inf), save_every=(0, _inf), seed=(0, 2**31), repeats=(1, 1000),
               alpha=(-_inf, _inf), beta=(-_inf, _inf), lam=(0, _inf), held_out=(0.001, 0.9), views=(1, 1000), seeds=(1, 1000), blocks=(0, 1000),
-              lrs=(1e-9, 100), degrees=(0, 180))
+              lrs=(1e-9, 100), degrees=(0, 180), size=(16, 4096), n_last=(0, 1000), radius=(0, 1000), topk=(1, 1000), temperature=(1e-6, 100), tau=(-1, 1), pictures=(0, 10**6))
 
 
 def check(config):

@@ -30,6 +30,7 @@ TORCHVISION = {  # name -> its class, and the arguments for 'train' and for 'val
     "food101": (_sets.Food101, [dict(split="train")], [dict(split="test")]),
     "pets": (_sets.OxfordIIITPet, [dict(split="trainval")], [dict(split="test")]),
 }
+UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise at a broken file
 BROKEN_SHARE = 0.01  # of the data; more broken files than this and the data set is at fault, not the file
 
 
@@ -319,13 +320,26 @@ def shape_facts(keys):
 
 def draw_shapes(keys, labels, size):
     """keys (n,), labels (n,) index into SHAPES -> uint8 (n, 3, size, size)."""
-    facts = {name: value[..., None, None] for name, value in shape_facts(keys).items()}
+    back, front, cover = paint_shapes(shape_facts(keys), labels, size)
+    return _with_grain(back + cover * (front - back), keys)
+
+
+def _with_grain(image, keys):
+    """image (n, 3, S, S) in [0, 1] -> uint8, a little noise added."""
+    grain = 0.06 * (uniforms(key(keys, 1), image[0].numel()).view(image.shape) - 0.5)
+    return ((image + grain).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def paint_shapes(facts, labels, size):
+    """facts of shape_facts, labels (n,) -> background and shape's texture, (n, 3, size, size) in [0, 1] each, and how far the shape covers
+    each pixel (n, 1, size, size)."""
+    facts = {name: value[..., None, None] for name, value in facts.items()}
     centres = (2 * torch.arange(size) + 1) / size - 1
     y, x = torch.meshgrid(-centres, centres, indexing="ij")  # (size, size) in [-1, 1], y up
     angle, radius, (center_x, center_y) = torch.deg2rad(facts["angle"]), facts["radius"], facts["center"].unbind(1)
     own_x = (angle.cos() * (x - center_x) + angle.sin() * (y - center_y)) / radius  # the shape's own coordinates (n, size, size)
     own_y = (-angle.sin() * (x - center_x) + angle.cos() * (y - center_y)) / radius
-    distance = torch.empty(len(keys), size, size)
+    distance = torch.empty_like(own_x)
     for label, name in enumerate(SHAPES):
         rows = labels == label
         distance[rows] = _shape_distance(name, own_x[rows], own_y[rows])
@@ -339,9 +353,34 @@ def draw_shapes(keys, labels, size):
         mix = (0.5 + 0.5 * contrast * wave)[:, None]  # (n, 1, size, size)
         return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
 
-    front, back = textured(facts["front"], facts["waves"][:, 0]), textured(facts["back"], facts["waves"][:, 1])
-    grain = 0.06 * (uniforms(key(keys, 1), 3 * size * size).view(-1, 3, size, size) - 0.5)
-    return ((back + cover * (front - back) + grain).clamp(0, 1) * 255).round().to(torch.uint8)
+    return textured(facts["back"], facts["waves"][:, 1]), textured(facts["front"], facts["waves"][:, 0]), cover
+
+
+def shape_masks(split, size, count, seed=0):
+    """The first images of shapes(split, size, seed=seed) and where their shapes are -> uint8 (count, 3, size, size), bool (count, size, size)."""
+    keys, labels = key(seed, 10 + list(SHAPE_COUNTS).index(split), torch.arange(count)), torch.arange(count) % len(SHAPES)
+    cover = paint_shapes(shape_facts(keys), labels, size)[2]
+    return draw_shapes(keys, labels, size), cover[:, 0] > 0.5
+
+
+def moving_shapes(index, size, frames=16, objects=2, seed=0):
+    """A video: `objects` shapes wander and turn before a background, the later ones in front -> uint8 (frames, 3, size, size), ids uint8
+    (frames, size, size): 0 the background. A function of (seed, index)."""
+    time = torch.linspace(0, 1, frames)
+    image, ids = None, torch.zeros(frames, size, size, dtype=torch.uint8)
+    for i in range(objects):
+        key_ = key(seed, 30, index, i)
+        facts = {name: value.repeat_interleave(frames, 0) for name, value in shape_facts(key_[None]).items()}
+        u = uniforms(key(key_, 2), 5)
+        start, end = 1.1 * u[0:2] - 0.55, 1.1 * u[2:4] - 0.55
+        facts["radius"] = 0.6 * facts["radius"]
+        facts["center"] = start + time[:, None] * (end - start)
+        facts["angle"] = facts["angle"] + 90 * (u[4] - 0.5) * time
+        back, front, cover = paint_shapes(facts, (index + 3 * i) % len(SHAPES) + torch.zeros(frames, dtype=torch.int64), size)
+        image = back if image is None else image
+        image = image + cover * (front - image)
+        ids[cover[:, 0] > 0.5] = i + 1
+    return _with_grain(image, key(seed, 31, index, torch.arange(frames))), ids
 
 
 def _shape_distance(name, x, y):
@@ -411,7 +450,7 @@ class _Samples(torch.utils.data.Dataset):
             try:
                 image = self.images.read(i)
                 break
-            except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 broken.append((self.images.name(i), str(error).splitlines()[0] if str(error) else type(error).__name__))
         else:
             raise UsageError(f"{broken[0][0]}: broken, as is every other image of the data set")

@@ -170,7 +170,7 @@ def finetune(models, task, config, size, device, autocast, partial):
     batch, per_epoch = config.batch_size, len(task.train) // config.batch_size
     rows, state = partial.read(("rows", "epoch", "which", "network", "optimizer", "scheduler"))
     for seed in range(config.seed, config.seed + config.seeds):
-        for row, part in eval_linear.chosen_parts(models, config.part, config.ckpt):
+        for row, part in probe.chosen_parts(models, config.part, config.ckpt):
             which = [row, part, seed]
             if which in [[done["row"], done["part"], done["seed"]] for done in rows]:
                 continue

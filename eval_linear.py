@@ -134,16 +134,6 @@ def cut_columns(columns, ratio, cut, z_row):
     return {"full": (columns.flatten(), z["full"]), "ir": (ir.flatten(), z["ir"]), "ef": (ef.flatten(), z["ef"])}
 
 
-def chosen_parts(models, part, ckpt):
-    """[(row, part)] to judge: all, or of each model `part` alone; a model to compare with that has no split stays whole."""
-    parts = {model.row: ("full",) if model.ratio == 1 else ("full", "ir", "ef") for model in models}
-    if part and part not in ("full", "ir", "ef"):
-        raise UsageError(f"part={part}: choose from full, ir, ef{nearest(part, ('full', 'ir', 'ef'))}")
-    if part and not any(part in names for names in parts.values()):
-        raise UsageError(f"part={part}: {ckpt} tells of no split, so it has only 'full'; take --part=full, or the ckpt.pt of a CLeVER run")
-    return [(row, name) for row, names in parts.items() for name in names if not part or name == part or part not in names]
-
-
 class Classifiers(nn.Module):
     """A linear classifier for each of some columns of the features and each of n_lrs learning rates: z (B, dim) -> [(n_lrs, B, C)].
 
@@ -236,7 +226,7 @@ def linear_probe(models, task, config, size, device, autocast, partial, knn=Fals
     SGD with momentum 0.9, no weight decay, a cosine to 0 over the epochs, lr per 256 images of the batch."""
     rank, world = probe.rank_and_world()
     common = dict(size=size, device=device, autocast=autocast, workers=config.workers)
-    wanted = chosen_parts(models, config.part, config.ckpt)
+    wanted = probe.chosen_parts(models, config.part, config.ckpt)
     representation = Representation(models, config.cut, config.blocks)
     columns = [representation.columns[name].to(device) for name in wanted]
     lrs = sorted({config.lr, *config.lrs})
@@ -277,7 +267,7 @@ def linear_probe(models, task, config, size, device, autocast, partial, knn=Fals
 
         tests = task.tests(seed)
         [(z, y)] = test_features(representation, held, task.chosen_on(seed), "features of the held-out slice", **common).values()
-        must_be_finite(z, config.ckpt)
+        probe.must_be_finite(z, config.ckpt)
         best = [int(a.argmax()) for a in accuracies(classifiers, z, y)]  # of each part, its learning rate
         on_tests = test_features(representation, task.test, tests, "features of the test images", **common)
         for test, (z, y) in on_tests.items():
@@ -325,7 +315,7 @@ def kept_features(representation, task, images, seed, config, common):
     for v in range(config.views):
         [z], labels = probe.features(representation, images, [task.view], progress=f"features of view {v + 1} of {config.views}",
                                      seed=seed, epoch=v, scale=CROP_SCALE, **common)
-        must_be_finite(z, config.ckpt)
+        probe.must_be_finite(z, config.ckpt)
         kept.append((z.half(), task.label(key(seed, v, torch.arange(len(images))), labels.cpu()).to(z.device)))
     return kept
 
@@ -341,11 +331,6 @@ def from_kept(kept, schedule, seed):
             mine, chosen = (view == v).nonzero()[:, 0].to(z.device), index[view == v].to(z.device)
             z[mine], y[mine] = kept_z[chosen].float(), kept_y[chosen]
         yield z, y
-
-
-def must_be_finite(z, ckpt):
-    if not z.isfinite().all():
-        raise UsageError(f"{ckpt}: the backbone gives features that are not finite; take an earlier checkpoint, or try --precision=fp32")
 
 
 class Partial:
@@ -422,7 +407,7 @@ def start(config):
     models, trained = probe.open_models(config, device, config.untrained)
     if config.arch and config.arch != trained["arch"]:
         raise UsageError(f"arch={config.arch}: {config.ckpt} holds a {trained['arch']}; leave --arch away")
-    chosen_parts(models, config.part, config.ckpt)
+    probe.chosen_parts(models, config.part, config.ckpt)
     return models, trained, config.img_size or trained["img_size"], device, precision, autocast, probe.results_folder(config)
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 import vmamba
 from augment import PERTURBATIONS, augment
-from configurator import UsageError, configure, exit_on_usage_error
+from configurator import UsageError, configure, exit_on_usage_error, nearest
 from draws import key
 from model import build_backbone, load_backbone, split
 
@@ -180,7 +180,7 @@ def table_lines(rows):
     judges = column == "test"
     wide = max(27, *(len(f"{row}, {part}") for row, part, *_ in cells))
     width = max(len(judge) for *_, judge in cells)
-    yield f"| {'accuracy in %':{wide}} | dims | " + (f"{'judge':{width}} | " if judges else "") + " | ".join(columns) + " |"
+    yield f"| {'in %':{wide}} | dims | " + (f"{'judge':{width}} | " if judges else "") + " | ".join(columns) + " |"
     yield "|---|--:|" + ("---|" if judges else "") + "--:|" * len(columns)
     for (row, part, dims, judge), values in cells.items():
         numbers = (f"{_mean_and_std(values.get(name, [])):>{len(name)}}" for name in columns)
@@ -325,6 +325,21 @@ def open_models(config, device, untrained):
         fresh = build_backbone(alike[0]["arch"], alike[0]["img_size"], alike[0]["patch_size"]).to(device).eval()
         models.append(Model("untrained", fresh, 1, alike[0]))
     return [*models[-1:], *models[:-1]] if untrained else models, models[0].trained
+
+
+def chosen_parts(models, part, ckpt):
+    """[(row, part)] to judge: all, or of each model `part` alone; a model to compare with that has no split stays whole."""
+    parts = {model.row: ("full",) if model.ratio == 1 else ("full", "ir", "ef") for model in models}
+    if part and part not in ("full", "ir", "ef"):
+        raise UsageError(f"part={part}: choose from full, ir, ef{nearest(part, ('full', 'ir', 'ef'))}")
+    if part and not any(part in names for names in parts.values()):
+        raise UsageError(f"part={part}: {ckpt} tells of no split, so it has only 'full'; take --part=full, or the ckpt.pt of a CLeVER run")
+    return [(row, name) for row, names in parts.items() for name in names if not part or name == part or part not in names]
+
+
+def must_be_finite(z, ckpt):
+    if not z.isfinite().all():
+        raise UsageError(f"{ckpt}: the backbone gives features that are not finite; take an earlier checkpoint, or try --precision=fp32")
 
 
 def results_folder(config):

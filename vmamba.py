@@ -527,6 +527,10 @@ class VMamba(nn.Module):
 
     def forward(self, x, draws=None):
         """x (B, 3, H, W) -> (B, dim). draws (B, depth, 2): drop path's uniforms, see VSSBlock."""
+        return self.feature_map(x, draws).mean((1, 2))
+
+    def feature_map(self, x, draws=None):
+        """x (B, 3, H, W) -> the last stage's normalised map (B, H / 32, W / 32, dim), of which forward is the mean."""
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
             raise UsageError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: VMamba's stride of {self.stride} must divide both sides")
         x, done = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), 0
@@ -535,7 +539,7 @@ class VMamba(nn.Module):
                 x = block(x, None if draws is None else draws[:, done])                            # (B, H/s, W/s, width of the stage)
                 done += 1
             x = layer.downsample(x)
-        return self.classifier.norm(x).mean((1, 2))
+        return self.classifier.norm(x)
 
 
 def _init_weights(module):
