@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import eval_linear
+import eval_seg
 import losses
 import probe
 import train
@@ -278,6 +279,28 @@ def linear_row(device, n=2048, n_test=32):
     return ours, textbook, n
 
 
+def labels_row(device, h=30, w=52, dim=384, radius=12, topk=5, temperature=0.1):
+    """Labels of one frame of DAVIS by vit_small's tokens, from eight frames; textbook: all affinities at once, the far ones then set to zero."""
+    generator = torch.Generator().manual_seed(0)
+    unit = F.normalize(torch.randn(9, h, w, dim, generator=generator), dim=-1).to(device)
+    labels = torch.rand(8, 3, h, w, generator=generator).to(device)
+    y, x = (place.flatten().to(device) for place in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+
+    def ours():
+        return eval_seg.next_labels(unit[8], unit[:8], labels, radius, topk, temperature).cpu()
+
+    def textbook():
+        near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
+        target = unit[8].flatten(0, 1)
+        affinity = torch.cat([(source.flatten(0, 1) @ target.T / temperature).exp() * near for source in unit[:8]])  # (8*h*w, h*w)
+        kth = affinity.topk(topk, dim=0).values[-1]
+        affinity[affinity < kth] = 0
+        return (labels.transpose(0, 1).flatten(1) @ (affinity / affinity.sum(0))).view(-1, h, w).cpu()
+
+    must_agree("1 + the largest difference of labels", 1 + (ours() - textbook()).abs().max().item(), 1.0, 1e-3)
+    return ours, textbook, 1
+
+
 ROWS = {
     "step vit_tiny/8, 2x64+8x32, batch 32, K 4096": lambda device: step_row(device, "vit_tiny", 8, 64, 32, 32, 4096),
     "step vit_tiny/16, 2x224+8x96, batch 8, K 65536": lambda device: step_row(device, "vit_tiny", 16, 224, 96, 8, 65536),
@@ -289,6 +312,7 @@ ROWS = {
     "selective scan (2, 384, 3136), N 1": lambda device: scan_row(device),
     "vmamba_tiny at 224, forward + backward": lambda device: vmamba_row(device),
     "features, vit_micro/8 at 64 px": lambda device: features_row(device),
+    "label propagation, 30x52 patches of 8 frames": lambda device: labels_row(device),
     "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda device: linear_row(device),
 }
 

@@ -497,10 +497,18 @@ class Setting(NamedTuple):
         return path
 
 
-def grid_of(height, width, shorter, multiple, round_):
-    """The sides an image is resized to: the shorter one `shorter` (0: as it is), both then rounded to multiples, at least one."""
-    scale = shorter / min(height, width) if shorter else 1
-    return tuple(max(1, round_(side * scale / multiple + 1e-9)) * multiple for side in (height, width))
+def photo_sides(H, W, shorter, patch):
+    """The sides a photograph is resized to: as they are, or the shorter one `shorter`, rounded to whole patches, at least one (TokenCut's)."""
+    scale = shorter / min(H, W) if shorter else 1
+    return tuple(max(1, round(side * scale / patch)) * patch for side in (H, W))
+
+
+def frame_sides(H, W, shorter, patch):
+    """The sides a frame is resized to: the shorter one `shorter`, in whole patches, the longer one rounded down to 64 (DINO's protocol)."""
+    short = max(1, shorter // patch) * patch
+    multiple = math.lcm(64, patch)
+    long = max(1, short * max(H, W) // min(H, W) // multiple) * multiple
+    return (short, long) if H <= W else (long, short)
 
 
 @torch.no_grad()
@@ -520,7 +528,7 @@ def saliency(setting, photos, test):
         unscored += truth is None
         sheet, attention = [], []
         for row, backbone, *_ in setting.models:
-            x = to_input(image, grid_of(H, W, config.size, patch_side(backbone), round), setting.device)
+            x = to_input(image, photo_sides(H, W, config.size, patch_side(backbone)), setting.device)
             with setting.autocast():
                 keys = key_map(backbone, x).float()                           # (h, w, dim)
             probe.must_be_finite(keys, config.ckpt)
@@ -615,7 +623,7 @@ def segment_video(setting, video, parts, draw, bar):
     scores = {row_part: {number: ([], []) for number in numbers} for row_part in known}
     shown, strips = {round(share * (len(video.frames) - 1)) for share in (0, 0.25, 0.5, 0.75, 1)}, {}
     grid, later, unmeasured = None, set(), 0
-    for t, name in enumerate(tqdm(video.frames, desc=video.name, leave=False, mininterval=0.5 if sys.stderr.isatty() else 60)):
+    for t, name in enumerate(tqdm(video.frames, desc=video.name, leave=False, disable=None)):
         image, truth = video.read(t), first if t == 0 else video.ids(t)
         H, W = image.shape[1:]
         if truth is not None and truth.shape != (H, W):
@@ -627,7 +635,7 @@ def segment_video(setting, video, parts, draw, bar):
         for model in setting.models:
             side = patch_side(model.backbone)
             if grid is None:
-                grid = grid_of(H, W, config.size or 480, math.lcm(64, side), math.floor)  # of all frames: DAVIS has some of 853 and of 854
+                grid = frame_sides(H, W, config.size or 480, side)  # of all frames: DAVIS has some of 853 and of 854
             h, w = grid[0] // side, grid[1] // side
             with setting.autocast():
                 z = feature_map(model.backbone, to_input(image, grid, setting.device)).float()  # (h, w, dim)

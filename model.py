@@ -50,9 +50,9 @@ class Attention(nn.Module):
 
     def forward(self, x, n):
         q, k, v = self.queries_keys_values(x, n)
-        if x.is_cuda:
+        if x.is_cuda or not torch.is_grad_enabled():
             x = F.scaled_dot_product_attention(q, k, v)
-        else:  # at 17 to 197 tokens the CPU's fused backward is slower than the plain products
+        else:  # at 17 to 197 tokens the CPU's fused backward is slower than the plain products, its forward alone is not
             with torch.autocast("cpu", enabled=False):  # softmax sums in fp32 but need not be stored so
                 x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, n, D / heads) -> (B, n, D)
