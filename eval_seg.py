@@ -231,7 +231,7 @@ def bilateral_solver(image, target, spatial=16, luma=16, chroma=8, lam=256, conf
 
 # ------------------------------------------------------------------------------------------------ label propagation (DINO's protocol)
 
-AT_ONCE = 2**24  # affinities held at a time: 64 MB
+TILE = 12  # patches of a frame are done TILE x TILE at a time: their affinities, some 6 MB, stay in the processor's cache
 
 
 def propagate(features, first, h, w, n_last=7, radius=12, topk=5, temperature=0.1):
@@ -267,23 +267,26 @@ class Memory:
 def next_labels(unit, sources, labels, radius, topk, temperature):
     """unit (h, w, dim) of a frame, sources (S, h, w, dim) of unit length and their labels (S, C, h, w) -> (C, h, w), see propagate.
 
-    Rows of patches are done a few at a time against the rows in their reach: the far affinities are not computed, and memory is bounded."""
+    Tile by tile against the patches in the tile's reach: far affinities are not computed, and memory does not grow with the frame. As in DINO's
+    dense form, patches as like as the topk-th count too."""
     (S, C, h, w), device = labels.shape, unit.device
-    column, row = torch.arange(w, device=device), torch.arange(h, device=device)
-    near = (column[:, None] - column).abs() <= radius                         # (w, w)
-    rows = max(1, AT_ONCE // (S * min(h, 2 * radius + 1) * w * w))
-    out = torch.empty(C, h, w, device=device)
-    for top in range(0, h, rows):
-        bottom = min(h, top + rows)
-        low, high = max(0, top - radius), min(h, bottom + radius)
-        cosine = torch.einsum("iwd,sjvd->iwsjv", unit[top:bottom], sources[:, low:high])  # (r, w, S, s, w)
-        close = (row[top:bottom, None] - row[low:high]).abs() <= radius
-        reach = close[:, None, None, :, None] & near[:, None, None, :]        # (r, w, 1, s, w)
-        cosine = cosine.masked_fill(~reach, -math.inf).flatten(2).flatten(0, 1)  # (r*w, S*s*w)
-        kth = cosine.topk(min(topk, cosine.shape[1]), dim=1).values[:, -1:]
-        affinity = (cosine.masked_fill(cosine < kth, -math.inf) / temperature).softmax(1)
-        known = labels[:, :, low:high].transpose(0, 1).flatten(1)             # (C, S*s*w)
-        out[:, top:bottom] = (known @ affinity.T).unflatten(1, (bottom - top, w))
+    out = torch.zeros(C, h, w, device=device)
+    for top, left in ((top, left) for top in range(0, h, TILE) for left in range(0, w, TILE)):
+        tile = unit[top:top + TILE, left:left + TILE]                         # (a, b, dim)
+        (a, b), low, start = tile.shape[:2], max(0, top - radius), max(0, left - radius)
+        source = sources[:, low:top + a + radius, start:left + b + radius]    # (S, s, v, dim)
+        s, v = source.shape[1:3]
+        far_row = (torch.arange(top, top + a)[:, None] - torch.arange(low, low + s)).abs() > radius      # (a, s)
+        far_column = (torch.arange(left, left + b)[:, None] - torch.arange(start, start + v)).abs() > radius
+        far = (far_row[:, None, :, None] | far_column[None, :, None, :]).to(device)                      # (a, b, s, v)
+        cosine = tile.flatten(0, 1) @ source.flatten(0, 2).T                                             # (a*b, S*s*v)
+        cosine.view(a, b, S, s, v).masked_fill_(far[:, :, None], -math.inf)
+        best = cosine.topk(min(topk, cosine.shape[1]), dim=1).values
+        who, whom = (cosine >= best[:, -1:].clamp(min=-2)).nonzero().T        # pairs that count; -2: fewer than topk are in reach
+        weight = ((cosine[who, whom] - best[who, 0]) / temperature).exp()
+        weight = weight / torch.zeros(a * b, device=device).index_add_(0, who, weight)[who]
+        known = labels[:, :, low:low + s, start:start + v].transpose(0, 1).flatten(1)                    # (C, S*s*v)
+        out[:, top:top + a, left:left + b] = torch.zeros(C, a * b, device=device).index_add_(1, who, weight * known[:, whom]).view(C, a, b)
     return out
 
 
