@@ -23,21 +23,21 @@ class UsageError(ValueError):
 class Config:
     """Every knob of pre-training. Defaults: the authors' scripts (which follow DINO's) on ImageNet-sized images."""
     # what is learnt
-    method: str = "clever"            # 'clever', or 'dino': the same without the split, one head on the whole representation
+    method: str = "clever"            # 'clever', or 'dino': the same without the split; 'ddcl', or 'simsiam': two views, no teacher, a predictor
     arch: str = "vit_small"           # backbone; an unknown name lists them
     patch_size: int = 16              # pixels a side, ViT only
     ratio: float = 0.8                # share of the representation's dimensions that is ir; the rest is ef (paper's best: 0.8)
-    out_dim: int = 65536              # prototypes K of the head
+    out_dim: int = 65536              # prototypes K of the head (dino, clever)
     out_dim_ef: int = 0               # K of the ef head; 0: as out_dim
     head_hidden: int = 2048           # width of the head's MLP
-    head_bottleneck: int = 256        # dimension in front of the prototypes
+    head_bottleneck: int = 256        # dimension in front of the prototypes; hidden one of SimSiam's and DDCL's predictor (SimSiam: a quarter of head_hidden)
     drop_path: float = 0.1            # stochastic depth of the student's ViT or VMamba; the teacher has none
     init_from: str = ""               # weights to start a NEW schedule from: any backbone file that model.load_backbone reads
     # the loss: alpha L_CL + beta L_Orth + lam L_PReg
     alpha: float = 1.0
     beta: float = 1.0
     lam: float = 0.001                # lambda (paper's best: 0.001)
-    orth: str = "dot"                 # L_Orth: 'dot' is the paper's, 'cosine' the published scripts'
+    orth: str = "dot"                 # L_Orth: 'dot' is the paper's, 'cosine' the published scripts' (of CLeVER and of DDCL)
     student_temp: float = 0.1
     teacher_temp: float = 0.04
     teacher_temp_start: float = 0.04  # linear warm-up of the teacher's temperature from here ...
@@ -91,12 +91,14 @@ class Config:
             scale = getattr(self, name)
             if len(scale) != 2 or any(type(x) not in (int, float) for x in scale) or not 0 < scale[0] <= scale[1] <= 1:
                 raise UsageError(f"{name}={scale}: two shares of the image's area, 0 < low <= high <= 1")
+        if self.method in ("simsiam", "ddcl") and self.local_crops:
+            raise UsageError(f"local_crops={self.local_crops}: {self.method} knows two views only; take --local_crops=0")
         if self.warmup_epochs >= self.epochs:
             raise UsageError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: lower it")
 
 
 CHOICES = dict(cut=("last", "every"), protocol=("paper", "fast"), scan=("auto", "triton", "torch", "loop"), mode=("finetune", "linear"),
-               method=("clever", "dino"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
+               method=("clever", "dino", "ddcl", "simsiam"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
                device=("auto", "cpu", "cuda"), precision=("auto", "bf16", "fp32"))
 _inf = float("inf")
 RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), out_dim_ef=(2, 2**24), head_hidden=(1, 2**20),

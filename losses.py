@@ -4,7 +4,8 @@ Views v = 0 .. V-1 of an image, the first two global; the teacher sees i = 0, 1.
     q_i = softmax((t_i - centre) / T_t)  (no gradient)   and   p_v = softmax(s_v / T_s)
 both pair losses are means over the images and over the 2V - 2 pairs (i, v), v != i, of something linear in q_i. So the two teacher views
 are summed before anything else: student view 0 meets q_1, view 1 meets q_0, and every local view meets q_0 + q_1. That is one pass over
-the crops instead of one a pair; the double loop over pairs is the oracle in tests/test_losses.py. All arithmetic is fp32.
+the crops instead of one a pair; the double loop over pairs is the oracle in tests/test_losses.py. SimSiam and DDCL, whose two views have
+no teacher, follow below. All arithmetic is fp32.
 """
 import torch
 import torch.distributed as dist
@@ -60,6 +61,29 @@ def squared_norm(head):
 def projection_regularization(head_ir, head_ef):
     """L_PReg = | ||h_ef||^2 - ||h_ir||^2 | of two heads (paper eq. of L_PReg) -> scalar; keeps the ef head from shrinking to nothing."""
     return (squared_norm(head_ef) - squared_norm(head_ir)).abs()
+
+
+def simsiam_loss(predictions, projections):
+    """L_CL of SimSiam and DDCL = -(cos(p_1, sg z_2) + cos(p_2, sg z_1)) / 2, mean over the images (Chen and He 2021, eq. 4).
+
+    predictions p, projections z: (2, B, dim) -> scalar in [-1, 1]. sg stops the gradient; without it both views collapse to one point."""
+    return -F.cosine_similarity(predictions.float(), projections.float().detach().flip(0), dim=-1).mean()
+
+
+def ddcl_orthogonality(predictions, projections, kind="cosine"):
+    """L_Orth of DDCL = | m |, m = (cos(p_1, sg z_2) + cos(p_2, sg z_1)) / 2, mean over the images of all ranks, of the ef head.
+
+    predictions p, projections z: (2, B, dim) -> scalar >= 0. That is what DDCL's scripts take; 'dot' leaves the vectors' lengths in, as the paper's
+    formula h_V(z_1) . h_V(z_2) is written. The absolute value is of the mean: without it the loss would fall below zero, for 'dot' without
+    end, and reward opposite views; with it single images may still have cosines of either sign. Of several ranks each returns its share of
+    the mean times the whole mean's sign, so that the average over ranks, of values and of gradients, is that of one process."""
+    predictions, projections = predictions.float(), projections.float().detach().flip(0)
+    if kind == "cosine":
+        predictions, projections = F.normalize(predictions, dim=-1), F.normalize(projections, dim=-1)
+    elif kind != "dot":
+        raise ValueError(f"kind={kind!r}: 'dot' or 'cosine'")
+    mean = (predictions * projections).sum(-1).mean()
+    return mean * mean_over_ranks(mean.detach()).sign()
 
 
 def teacher_entropy(teacher, center, temp):

@@ -183,31 +183,35 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
     raise UsageError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}; there are {', '.join(BACKBONES)}")
 
 
-class SyncBatchNormCPU(nn.BatchNorm2d):
+class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the images of all ranks where torch's own SyncBatchNorm has no kernel: CPU processes. Same keys, same formula."""
+
+    def _check_input_dim(self, x):
+        pass  # (N, C) and (N, C, H, W) alike
 
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        world = dist.get_world_size()
+        world, images = dist.get_world_size(), (0, *range(2, x.ndim))
+        channels = (-1, *(1,) * (x.ndim - 2))  # a row of C numbers as it meets x
         all_reduce = torch.distributed.nn.functional.all_reduce  # the one that gradients flow through
-        mean = all_reduce(x.mean((0, 2, 3), dtype=torch.float32)) / world  # (C,)
-        var = all_reduce((x - mean[:, None, None]).square().mean((0, 2, 3))) / world  # (C,)
+        mean = all_reduce(x.mean(images, dtype=torch.float32)) / world  # (C,)
+        var = all_reduce((x - mean.view(channels)).square().mean(images)) / world  # (C,)
         with torch.no_grad():
             n = x.numel() // x.shape[1] * world
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()  # (C,)
-        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+        x = (x - mean.view(channels)) * (var + self.eps).rsqrt().view(channels)
+        return (x * self.weight.view(channels) + self.bias.view(channels) if self.affine else x).to(x.dtype)
 
 
 def synchronise_batch_norm(module, device):
-    """Every BatchNorm2d of `module` replaced by one that sees the images of all ranks; parameters, buffers and keys stay."""
+    """Every batch norm of `module` replaced by one that sees the images of all ranks; parameters, buffers and keys stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             child.__class__ = SyncBatchNormCPU  # only forward differs
     return module
 
@@ -239,43 +243,77 @@ class ProjectionHead(nn.Module):
     def forward(self, z):
         """z (N, in_dim) -> logits (N, out_dim), cosines in [-1, 1], fp32 also under autocast: divided by a temperature of
         0.04, the rounding of a bf16 cosine would be an error of up to 5 % in the probabilities."""
-        unit = F.normalize(self.mlp(z).float(), dim=-1)  # (N, bottleneck)
+        unit = F.normalize(self.project(z).float(), dim=-1)  # (N, bottleneck)
         with torch.autocast(z.device.type, enabled=False):
             return self.last_layer(unit)
 
+    def project(self, z):
+        """z (N, in_dim) -> (N, bottleneck), before it is normalised."""
+        return self.mlp(z)
+
+
+class SiameseHead(nn.Module):
+    """SimSiam's projector and predictor (Chen and He 2021, section 3): projector in_dim -> hidden -> hidden -> hidden with batch norm after each,
+    ReLU between; predictor hidden -> bottleneck -> hidden, batch norm and ReLU within. DDCL has one for ir and one for ef."""
+
+    def __init__(self, in_dim, hidden=2048, bottleneck=512):
+        super().__init__()
+        self.projector = nn.Sequential(nn.Linear(in_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                       nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                       nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden, affine=False))
+        self.predictor = nn.Sequential(nn.Linear(hidden, bottleneck, bias=False), nn.BatchNorm1d(bottleneck), nn.ReLU(), nn.Linear(bottleneck, hidden))
+
+    def forward(self, z):
+        """z (2 B, in_dim), first all images' first views -> (2, 2 B, hidden): projections, predictions. Batch norm sees one view at a time."""
+        projections = torch.cat([self.project(view) for view in z.chunk(2)])
+        return torch.stack([projections, torch.cat([self.predictor(view) for view in projections.chunk(2)])])
+
+    def project(self, z):
+        """z (N, in_dim) -> (N, hidden)."""
+        return self.projector(z)
+
 
 class Network(nn.Module):
-    """Backbone f and projection heads h_ir and h_ef: what student and teacher both are. Plain DINO is ratio 1 and no h_ef."""
+    """Backbone f and the heads h_ir and h_ef: what student and teacher both are. Plain DINO and SimSiam have ratio 1 and no h_ef.
 
-    def __init__(self, backbone, ratio=0.8, out_dim=65536, out_dim_ef=65536, hidden=2048, bottleneck=256):
+    make_head(in_dim, name) -> the head of 'ir' or 'ef'."""
+
+    def __init__(self, backbone, ratio, make_head):
         super().__init__()
         self.backbone, self.ratio = backbone, ratio
         d_ir = split(torch.empty(backbone.dim), ratio)[0].numel()
         if not 0 < d_ir <= backbone.dim or (ratio < 1 and d_ir == backbone.dim):
             raise UsageError(f"ratio={ratio} leaves one part of the {backbone.dim} dimensions empty: move it towards 0.8")
-        self.head_ir = ProjectionHead(d_ir, out_dim, hidden, bottleneck)
-        self.head_ef = ProjectionHead(backbone.dim - d_ir, out_dim_ef, hidden, bottleneck) if ratio < 1 else None
+        self.head_ir = make_head(d_ir, "ir")
+        self.head_ef = make_head(backbone.dim - d_ir, "ef") if ratio < 1 else None
 
     def forward(self, views, draws=None):
-        """views: list of tensors (n, B, 3, H, W), one a resolution -> logits_ir (V, B, K), logits_ef (V, B, K_ef) or None; V = sum of n.
+        """views: list of tensors (n, B, 3, H, W) -> what the heads make of them, by view: of ir, of ef or None. ProjectionHead's logits
+        (V, B, K), V the sum of n; SiameseHead's projections and predictions (2, V, B, hidden).
 
-        One backbone call a resolution, one head call for all views. draws: drop path's uniforms (n, B, depth, 2) for each resolution."""
+        One backbone call an entry of the list, as a resolution; one head call for all views. draws: drop path's uniforms (n, B, depth, 2) of each."""
         B = views[0].shape[1]
         z = []
         for i, images in enumerate(views):
             images = images.flatten(0, 1)  # (n * B, 3, H, W)
             z.append(self.backbone(images) if draws is None else self.backbone(images, draws[i].flatten(0, 1)))
         z_ir, z_ef = split(torch.cat(z), self.ratio)  # (V * B, d_ir), (V * B, d_ef)
-        logits_ir = self.head_ir(z_ir).view(-1, B, self.head_ir.last_layer.weight_v.shape[0])
-        logits_ef = self.head_ef and self.head_ef(z_ef).view(-1, B, self.head_ef.last_layer.weight_v.shape[0])
-        return logits_ir, logits_ef
+        return self.head_ir(z_ir).unflatten(-2, (-1, B)), self.head_ef and self.head_ef(z_ef).unflatten(-2, (-1, B))
+
+    @property
+    def heads(self):
+        """{'ir': h_ir, 'ef': h_ef}; 'ir' alone without a split."""
+        return {"ir": self.head_ir, "ef": self.head_ef} if self.head_ef else {"ir": self.head_ir}
 
 
 def build_network(config):
     """A fresh Network as the knobs of `config` say (configurator.Config)."""
     backbone = build_backbone(config.arch, config.img_size, config.patch_size, config.drop_path)
-    ratio = config.ratio if config.method == "clever" else 1.0
-    return Network(backbone, ratio, config.out_dim, config.out_dim_ef, config.head_hidden, config.head_bottleneck)
+    ratio = config.ratio if config.method in ("clever", "ddcl") else 1.0
+    if config.method in ("simsiam", "ddcl"):
+        return Network(backbone, ratio, lambda in_dim, _: SiameseHead(in_dim, config.head_hidden, config.head_bottleneck))
+    prototypes = dict(ir=config.out_dim, ef=config.out_dim_ef)
+    return Network(backbone, ratio, lambda in_dim, name: ProjectionHead(in_dim, prototypes[name], config.head_hidden, config.head_bottleneck))
 
 
 # ------------------------------------------------------------------------------------------------ files

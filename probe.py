@@ -316,7 +316,7 @@ def open_models(config, device, untrained):
         backbone, trained = load_backbone(path)
         method = trained.get("method", trained["arch"])
         row = method if method not in [model.row for model in models] else path
-        models.append(Model(row, backbone.to(device), trained["ratio"] if method == "clever" else 1, trained))
+        models.append(Model(row, backbone.to(device), trained["ratio"] if method in ("clever", "ddcl") else 1, trained))
     alike = [{name: model.trained[name] for name in ("arch", "img_size", "patch_size")} for model in models]
     if alike[0] != alike[-1]:
         raise UsageError(f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like")

@@ -1,4 +1,4 @@
-"""Pre-train CLeVER or DINO.
+"""Pre-train CLeVER, DINO, DDCL or SimSiam.
 
     python train.py configs/demo.py                                   one process: CPU or one GPU
     torchrun --nproc_per_node=4 train.py configs/in100_clever.py      one process a GPU
@@ -30,7 +30,7 @@ import vmamba
 from augment import RECIPES, augment_views, denormalize
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
-from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, synchronise_batch_norm
+from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, split, synchronise_batch_norm
 
 MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
 
@@ -68,10 +68,44 @@ class Run:
     autocast: Callable                # () -> the context of mixed precision
     student: torch.nn.Module          # Network, or DistributedDataParallel around it
     network: Network                  # the student itself
-    teacher: Network
+    teacher: Network                  # SimSiam and DDCL have none: the student itself
     optimizer: torch.optim.Optimizer
-    centers: dict                     # head -> centre (K,)
+    centers: dict                     # head -> centre (K,); of methods with a teacher
     recipe: tuple                     # augment.Recipe
+
+
+def distil(run, step, views, draws):
+    """DINO and CLeVER: the student's views against the teacher's two -> loss terms, the teacher's mean output of each head (K,), what else is
+    to be logged. views [(2, B, 3, G, G), (L, B, 3, l, l)]; the teacher sees the global ones only."""
+    config, teacher_temp = run.config, teacher_temperature(step, run.config, run.steps_per_epoch)
+    with torch.no_grad():
+        t_ir, t_ef = run.teacher(views[:1])    # (2, B, K), (2, B, K_ef)
+    s_ir, s_ef = run.student(views, draws)     # (V, B, K), (V, B, K_ef)
+
+    terms = {"L_CL": losses.dino_loss(s_ir, t_ir, run.centers["ir"], config.student_temp, teacher_temp)}
+    if config.method == "clever":
+        terms["L_Orth"] = losses.orthogonality(s_ef, t_ef, run.centers["ef"], config.student_temp, teacher_temp, config.orth)
+        terms["L_PReg"] = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
+
+    logged, outputs = {}, dict(zip(run.centers, (t_ir, t_ef)))
+    if is_logged(step, run):
+        logged = {f"H_{head}": losses.teacher_entropy(t, run.centers[head], teacher_temp) for head, t in outputs.items()}
+        logged["KL"] = terms["L_CL"] - logged["H_ir"]  # of student from teacher: what there is to learn
+    return terms, {head: t.mean((0, 1)) for head, t in outputs.items()}, logged
+
+
+def siamese(run, step, views, draws):
+    """SimSiam and DDCL: two views [(1, B, 3, G, G)] * 2 predict each other's projection -> loss terms; no teacher, nothing else to log."""
+    config, (ir, ef) = run.config, run.student(views, draws)  # (2, 2, B, hidden) each: projections and predictions, of two views
+    terms = {"L_CL": losses.simsiam_loss(predictions=ir[1], projections=ir[0])}
+    if config.method == "ddcl":
+        terms["L_Orth"] = losses.ddcl_orthogonality(predictions=ef[1], projections=ef[0], kind=config.orth)
+        pairs = [(getattr(run.network.head_ir, name), getattr(run.network.head_ef, name)) for name in ("projector", "predictor")]
+        terms["L_PReg"] = sum(losses.projection_regularization(*pair) for pair in pairs) / 2  # as DDCL's scripts
+    return terms, {}, {}
+
+
+METHODS = dict(dino=distil, clever=distil, simsiam=siamese, ddcl=siamese)
 
 
 def train_step(run, step, global_crops, local_crops, keys):
@@ -79,42 +113,29 @@ def train_step(run, step, global_crops, local_crops, keys):
 
     global_crops uint8 (B, 2, 3, G, G), local_crops uint8 (B, L, 3, l, l), keys (B,): of the samples, for their draws."""
     config, total = run.config, run.config.epochs * run.steps_per_epoch
-    teacher_temp = teacher_temperature(step, config, run.steps_per_epoch)
     parts = list(zip(*(tensor.split(micro_batch(len(keys), config)) for tensor in (global_crops, local_crops, keys))))
     logged, teacher_means = {}, {}
     for i, (global_crops, local_crops, keys) in enumerate(parts):  # one part, unless gradients are accumulated
-        # the views, [(2, B, 3, G, G), (L, B, 3, l, l)]; the teacher sees the global ones only
-        views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
+        views = views_of(run, global_crops, local_crops, keys)
         draws = drop_path_draws(run.network.backbone, views, keys, config.drop_path)
         is_last = i == len(parts) - 1
         with nullcontext() if is_last or run.student is run.network else run.student.no_sync():  # ranks exchange gradients once
             with run.autocast():
-                with torch.no_grad():
-                    t_ir, t_ef = run.teacher(views[:1])    # (2, B, K), (2, B, K_ef)
-                s_ir, s_ef = run.student(views, draws)     # (V, B, K), (V, B, K_ef)
-
-            # L = alpha L_CL + beta L_Orth + lambda L_PReg; DINO is L_CL alone, on the whole representation
-            terms = {"L_CL": losses.dino_loss(s_ir, t_ir, run.centers["ir"], config.student_temp, teacher_temp)}
-            loss = config.alpha * terms["L_CL"]
-            if config.method == "clever":
-                terms["L_Orth"] = losses.orthogonality(s_ef, t_ef, run.centers["ef"], config.student_temp, teacher_temp, config.orth)
-                terms["L_PReg"] = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
-                loss = loss + config.beta * terms["L_Orth"] + config.lam * terms["L_PReg"]
+                terms, means, more = METHODS[config.method](run, step, views, draws)
+            # L = alpha L_CL + beta L_Orth + lambda L_PReg; DINO and SimSiam are L_CL alone, on the whole representation
+            weights = dict(L_CL=config.alpha, L_Orth=config.beta, L_PReg=config.lam)
+            loss = sum(weights[name] * term for name, term in terms.items())
             (loss / len(parts)).backward()
 
-        for head, t in zip(run.centers, (t_ir, t_ef)):
-            teacher_means[head] = teacher_means.get(head, 0) + t.mean((0, 1)) / len(parts)  # (K,)
-            if is_logged(step, run):
-                terms[f"H_{head}"] = losses.teacher_entropy(t, run.centers[head], teacher_temp)
-        if is_logged(step, run):
-            terms["KL"] = terms["L_CL"] - terms["H_ir"]  # of student from teacher: what there is to learn
-        for name, value in {"loss": loss, **terms}.items():
+        for head, mean in means.items():
+            teacher_means[head] = teacher_means.get(head, 0) + mean / len(parts)  # (K,)
+        for name, value in {"loss": loss, **terms, **more}.items():
             logged[name] = logged.get(name, 0) + value.detach() / len(parts)
 
     # student by gradient: each parameter's clipped on its own, prototypes frozen at first
     clip_each(run.network.parameters(), config.clip)
-    if step < config.freeze_last_layer * run.steps_per_epoch:
-        for head in filter(None, (run.network.head_ir, run.network.head_ef)):
+    if step < config.freeze_last_layer * run.steps_per_epoch and run.centers:
+        for head in run.network.heads.values():
             head.last_layer.weight_v.grad = None
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, config, run.steps_per_epoch)
@@ -123,10 +144,18 @@ def train_step(run, step, global_crops, local_crops, keys):
     run.optimizer.zero_grad(set_to_none=True)
 
     # teacher and centres by moving average
-    update_teacher(run.teacher, run.network, cosine(step, config.ema, 1.0, total))
+    if run.teacher is not run.network:
+        update_teacher(run.teacher, run.network, cosine(step, config.ema, 1.0, total))
     for head, mean in teacher_means.items():
         losses.update_center(run.centers[head], mean, config.center_momentum)
     return logged
+
+
+def views_of(run, global_crops, local_crops, keys):
+    """The crops as the network sees them, an entry a call of the backbone: [(2, B, 3, G, G), (L, B, 3, l, l)]; of SimSiam and DDCL the two
+    views apart, [(1, B, 3, G, G)] * 2, for batch norm sees one at a time."""
+    views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
+    return views if METHODS[run.config.method] is distil else list(views[0].split(1))
 
 
 def is_logged(step, run):
@@ -176,7 +205,7 @@ def update_teacher(teacher, student, momentum):
 
 
 def make_run(config, steps_per_epoch, device, world=1):
-    """Student, teacher (a copy), optimiser and centres, fresh from config.seed or from config.init_from."""
+    """Student, teacher (a copy, where the method has one), optimiser and centres, fresh from config.seed or from config.init_from."""
     torch.manual_seed(config.seed)
     network = build_network(config)
     if config.arch in vmamba.VMAMBAS:
@@ -192,7 +221,8 @@ def make_run(config, steps_per_epoch, device, world=1):
                              f"this run is {config.arch}, {config.img_size} px, patch {config.patch_size}")
         network.backbone.load_state_dict(given.state_dict())
     student = network.to(device)
-    teacher = copy.deepcopy(network).requires_grad_(False)  # it is called without draws, so it drops no path
+    teaches = METHODS[config.method] is distil
+    teacher = copy.deepcopy(network).requires_grad_(False) if teaches else network  # it is called without draws, so it drops no path
     if world > 1:
         synchronise_batch_norm(network, device), synchronise_batch_norm(teacher, device)
         student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
@@ -200,11 +230,10 @@ def make_run(config, steps_per_epoch, device, world=1):
     if config.compile:
         vmamba.keep_out_of_graphs()
         torch._dynamo.config.recompile_limit = 128  # a graph a block, resolution and network, for their drop path rates differ
-        for net in (network, teacher):
+        for net in (network, teacher) if teaches else (network,):
             for block in getattr(net.backbone, "blocks", [net.backbone]):
                 block.compile(dynamic=False)
-    heads = {"ir": network.head_ir, "ef": network.head_ef} if network.head_ef else {"ir": network.head_ir}
-    centers = {name: torch.zeros(head.last_layer.weight_v.shape[0], device=device) for name, head in heads.items()}
+    centers = {name: torch.zeros(head.last_layer.weight_v.shape[0], device=device) for name, head in network.heads.items()} if teaches else {}
     switched_off = {name: (0.0, 0.0, 0.0) for name in ("blur", "solarize") if not getattr(config, name)}
     _, autocast = probe.choose_precision(config.precision, device)
     return Run(config, steps_per_epoch, device, autocast, student, network, teacher, make_optimizer(network, config), centers,
@@ -317,9 +346,7 @@ def evaluate(run, train, val, workers):
     """kNN accuracy on clean and on rotated validation images for each part, and the collapse watch -> {name: number}."""
     config, ratio = run.config, run.network.ratio
     common = dict(size=config.img_size, device=run.device, autocast=run.autocast, workers=workers)
-    numbers = {"norm_ir": losses.squared_norm(run.network.head_ir).sqrt().item()}
-    if run.network.head_ef:
-        numbers["norm_ef"] = losses.squared_norm(run.network.head_ef).sqrt().item()
+    numbers = collapse_watch(run, train)
     labelled = val is not None and train.labels.min() >= 0
     [on_train], train_y = probe.features(run.teacher.backbone, train, [probe.perturbed("orig")], progress="kNN: features of train", **common)
     if labelled:
@@ -330,6 +357,48 @@ def evaluate(run, train, val, workers):
             for name, of in zip(("knn", "knn_rotated"), on_val):
                 numbers[f"{name}_{part}"] = probe.knn_accuracy(z, train_y, probe.parts(of, ratio)[part], val_y)
     return numbers
+
+
+@torch.no_grad()
+def collapse_watch(run, train):
+    """What the heads make of two views of the run's first batch -> {name: number}; the same on every rank.
+
+    norm_*: of a head's parameters. std_proj_*, rank_proj_*: the spread of its projections, as probe.spread (of a head with prototypes: in front of them).
+    cos_*: mean |cosine| of two views' projections. And of the ef vectors whose product L_Orth takes, that is teacher's and student's
+    probabilities, or projections and predictions: dot_ef, their mean |product|, and lengths_ef, the mean product of their lengths. What of
+    dot_ef's fall since step 0 the lengths explain, orthogonality has not brought about (share_of_lengths)."""
+    _, global_crops, local_crops, keys = data.first_samples(train, run.config, min(run.config.batch_size, 256))
+    views = views_of(run, global_crops, local_crops[:, :0], keys)
+    z = {}
+    for name, network in dict(teacher=run.teacher, student=run.network).items():
+        was_training = network.backbone.training
+        network.backbone.eval()
+        with run.autocast():
+            z[name] = torch.cat([probe.in_pieces(network.backbone, view.flatten(0, 1)) for view in views]).float()  # (2 * B, D)
+        network.backbone.train(was_training)
+    numbers = {}
+    for name, head in run.network.heads.items():
+        own = copy.deepcopy(head)  # in training mode, so that batch norm takes the batch, but its running means stay as they are
+        numbers[f"norm_{name}"] = losses.squared_norm(head).sqrt().item()
+        of_part = {who: split(features, run.network.ratio)[name == "ef"] for who, features in z.items()}
+        projections = torch.stack([own.project(view) for view in of_part["student"].chunk(2)])  # (2, B, dim)
+        numbers[f"std_proj_{name}"], numbers[f"rank_proj_{name}"] = probe.spread(projections.flatten(0, 1))
+        numbers[f"cos_{name}"] = torch.nn.functional.cosine_similarity(*projections, dim=-1).abs().mean().item()
+        if name == "ef" and run.centers:
+            a = ((run.teacher.head_ef(of_part["teacher"]) - run.centers["ef"]) / run.config.teacher_temp).softmax(-1).chunk(2)[0]
+            b = (own(of_part["student"]) / run.config.student_temp).softmax(-1).chunk(2)[1]
+        elif name == "ef":
+            (a, _), (_, b) = own(of_part["student"]).unflatten(1, (2, -1))  # first view's projections, second view's predictions
+    if run.network.head_ef:
+        numbers["dot_ef"], numbers["lengths_ef"] = (a * b).sum(-1).abs().mean().item(), (a.norm(dim=-1) * b.norm(dim=-1)).mean().item()
+    return numbers
+
+
+def share_of_lengths(first, now):
+    """What share of the fall of dot_ef since `first` the fall of lengths_ef explains, in logarithms: 0 where the vectors have only turned, 1
+    where they have only shrunk, above 1 where they shrank and turned together. first, now: of collapse_watch. nan where dot_ef has not fallen."""
+    fell, shrank = (math.log(max(first[name], 1e-30) / max(now[name], 1e-30)) for name in ("dot_ef", "lengths_ef"))
+    return shrank / fell if fell > 0.01 else math.nan
 
 
 def collapse_warnings(numbers, config):
@@ -380,6 +449,8 @@ def main(argv):
         if step == 0:
             torchvision.utils.save_image(picture, os.path.join(config.out_dir, "views.png"))
         keep_log_until(log_path, step)
+    if step == 0:
+        log(log_path, main_rank, step=0, epoch=0.0, **collapse_watch(run, train))
     if step == total:
         if main_rank:
             print(f"{config.out_dir} is finished: nothing to train. Raise --epochs only with another --out_dir, for it changes the whole schedule")
@@ -414,9 +485,11 @@ def main(argv):
 
         if epoch_ends and (done == total or config.eval_every and (done // steps_per_epoch) % config.eval_every == 0):
             judged = evaluate(run, train, val, config.workers)
+            if main_rank and "dot_ef" in judged:
+                judged["share_ef"] = share_of_lengths(first_line(log_path), judged)
             log(log_path, main_rank, step=done, epoch=done / steps_per_epoch, **judged)
             if main_rank:
-                bar.write(f"epoch {done // steps_per_epoch}: " + "  ".join(f"{name} {value:.3g}" for name, value in judged.items()))
+                bar.write(f"epoch {done // steps_per_epoch}: " + "  ".join(f"{name} {value:.3g}" for name, value in judged.items() if name.startswith(("knn", "rank_", "norm"))))
                 for warning in collapse_warnings(numbers | judged, config):
                     bar.write(f"WARNING: {warning}")
             since = time.perf_counter()
@@ -461,6 +534,11 @@ def log(path, main_rank, **numbers):
     if main_rank:
         with open(path, "a") as file:
             file.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}) + "\n")
+
+
+def first_line(path):
+    with open(path) as file:
+        return json.loads(file.readline())
 
 
 def finish(run, train, val, main_rank):

@@ -9,6 +9,7 @@ import torchvision
 
 import model
 from configurator import UsageError
+from conftest import tiny_config
 
 
 def dino_vit_shapes(dim, depth, img_size, patch_size):
@@ -140,7 +141,7 @@ def test_logits_are_float32_under_autocast():
 
 def test_network_over_views_is_the_network_view_by_view():
     torch.manual_seed(0)
-    net = model.Network(model.build_backbone("vit_micro", 32, 8), 0.8, 24, 12, 16, 8).eval()
+    net = model.build_network(tiny_config(out_dim=24, out_dim_ef=12, head_hidden=16, head_bottleneck=8)).eval()
     views = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
     ir, ef = net(views)
     assert ir.shape == (6, 3, 24) and ef.shape == (6, 3, 12)
@@ -148,7 +149,7 @@ def test_network_over_views_is_the_network_view_by_view():
         z_ir, z_ef = model.split(net.backbone(image), 0.8)
         torch.testing.assert_close(ir[v], net.head_ir(z_ir), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ef[v], net.head_ef(z_ef), atol=1e-5, rtol=1e-4)
-    dino = model.Network(model.build_backbone("vit_micro", 32, 8), 1.0, 24, 24, 16, 8)
+    dino = model.build_network(tiny_config(method="dino"))
     assert dino(views)[1] is None and dino.head_ir.mlp[0].in_features == 128
 
 
