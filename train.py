@@ -448,7 +448,7 @@ def main(argv):
         describe(run, step, world, train)
         if step == 0:
             torchvision.utils.save_image(picture, os.path.join(config.out_dir, "views.png"))
-        keep_log_until(log_path, step)
+        keep_log_until(log_path, step or -1)  # a run that starts anew logs step 0 again
     if step == 0:
         log(log_path, main_rank, step=0, epoch=0.0, **collapse_watch(run, train))
     if step == total:

@@ -40,6 +40,25 @@ def test_pair_losses_and_their_gradients_are_the_double_loop_over_pairs(case, vi
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "dot"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
+    generator = torch.Generator().manual_seed(0)
+    p, z = torch.randn(2, B, K, generator=generator), torch.randn(2, B, K, generator=generator)
+    z = z + sign * p.flip(0)  # so that the mean has this sign
+    fast, slow, given = p.clone().requires_grad_(), p.double().requires_grad_(), z.clone().requires_grad_()
+    unit = lambda x: x / x.square().sum(-1, keepdim=True).sqrt()
+    expected = -sum((unit(slow[i]) * unit(z.double()[1 - i])).sum(-1).mean() for i in range(2)) / 2
+    vector = unit if kind == "cosine" else (lambda x: x)
+    expected = expected + 3 * (sum((vector(slow[i]) * vector(z.double()[1 - i])).sum(-1).mean() for i in range(2)) / 2).abs()
+    got = losses.simsiam_loss(fast, given) + 3 * losses.ddcl_orthogonality(fast, given, kind)
+    assert losses.ddcl_orthogonality(fast, given, kind) >= 0
+    got.backward(), expected.backward()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
+    assert given.grad is None  # the gradient stops there
+
+
 def test_no_gradient_reaches_the_teacher():
     teacher = torch.randn(2, B, K, requires_grad=True)
     student = torch.randn(V, B, K, requires_grad=True)

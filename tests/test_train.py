@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import losses
 import train
 from augment import augment_views
 from configurator import UsageError
@@ -160,7 +161,9 @@ def test_compiled_step_is_the_eager_step(folder):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(method="dino"), dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005)], ids=["vit", "vit dino", "resnet with synchronised batch norm"])
+@pytest.mark.parametrize("knobs", [dict(), dict(method="dino"), dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005),
+                                   dict(method="simsiam", local_crops=0), dict(method="ddcl", local_crops=0, orth="cosine", lam=0.01)],
+                         ids=["vit", "vit dino", "resnet with synchronised batch norm", "vit simsiam", "vit ddcl"])
 def test_two_processes_are_one(folder, tmp_path, knobs):
     # SGD: Adam's first steps are signs of gradients, which turn rounding into differences of the size of a step
     common = dict(data=folder, epochs=1, warmup_epochs=0, optimizer="sgd", freeze_last_layer=0, **{"lr": 0.02, **knobs})
@@ -168,7 +171,7 @@ def test_two_processes_are_one(folder, tmp_path, knobs):
         run_script("train.py", *arguments(out_dir=tmp_path / str(processes), **common), processes=processes)
     one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
     assert len(one) == 5
-    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5, abs=3e-6)  # logged to six digits
     for name in ("student", "teacher", "centers"):
         assert_same(state(tmp_path / "1")[name], state(tmp_path / "2")[name], rtol=1e-3, atol=2e-5)
     judged = [logged(tmp_path / p, "knn_full") for p in "12"]
@@ -207,6 +210,51 @@ def test_killed_and_started_again_is_uninterrupted(folder, tmp_path):
     assert_same(state(tmp_path / "whole"), state(tmp_path / "cut"))
     for name in ("loss", "L_Orth", "knn_full", "rank_ef"):
         assert logged(tmp_path / "whole", name) == logged(tmp_path / "cut", name)
+
+
+@pytest.mark.parametrize("method", ["simsiam", "ddcl"])
+def test_a_run_of_two_views_continues_bit_for_bit(folder, tmp_path, method):
+    config = tiny_config(method=method, local_crops=0, warmup_epochs=0, out_dir=str(tmp_path))
+    images = data.open_images(str(folder), "train")
+    whole = train.make_run(config, 5, CPU)
+    assert whole.teacher is whole.network and whole.centers == {}
+    train.train_step(whole, 0, *batch_of(images, config, 0))
+    train.save(whole, 1, len(images))
+    again = train.make_run(config, 5, CPU)
+    assert train.restore(again, len(images)) == 1
+    for run in (whole, again):
+        terms = train.train_step(run, 1, *batch_of(images, config, 1))
+    assert set(terms) == ({"loss", "L_CL"} if method == "simsiam" else {"loss", "L_CL", "L_Orth", "L_PReg"})
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[name]), name
+
+
+def test_simsiam_needs_its_stop_gradient(folder, monkeypatch):
+    """Its projections stay apart with the stop-gradient and fall onto one direction without it (batch norm forbids a single point)."""
+    config = tiny_config(method="simsiam", local_crops=0, warmup_epochs=0, optimizer="sgd", lr=0.8, clip=0.0, weight_decay=0.0, weight_decay_end=0.0, epochs=12, head_hidden=64)
+    images, spread = data.open_images(str(folder), "train"), {}
+    for stops in (True, False):
+        if not stops:
+            monkeypatch.setattr(losses, "simsiam_loss", lambda predictions, projections: -torch.cosine_similarity(predictions, projections.flip(0), dim=-1).mean())
+        run = train.make_run(config, 5, CPU)
+        for step in range(60):
+            terms = train.train_step(run, step, *batch_of(images, config, step))
+        spread[stops] = train.collapse_watch(run, images)["rank_proj_ir"], terms["L_CL"].item()
+    assert spread[False][0] < 1.5 < 2 < spread[True][0] and spread[False][1] < spread[True][1], spread
+
+
+def test_the_collapse_watch_takes_lengths_and_directions_apart(folder):
+    images = data.open_images(str(folder), "train")
+    for method, more in (("clever", {}), ("ddcl", dict(local_crops=0)), ("dino", {})):
+        run = train.make_run(tiny_config(method=method, **more), 5, CPU)
+        before = {name: value.clone() for name, value in run.network.state_dict().items()}
+        first = train.collapse_watch(run, images)
+        assert all(torch.equal(value, before[name]) for name, value in run.network.state_dict().items())  # it only looks
+        assert {"norm_ir", "std_proj_ir", "rank_proj_ir", "cos_ir"} <= set(first) and ("dot_ef" in first) == (method != "dino")
+    shrunk, turned = {**first, "dot_ef": 0.01, "lengths_ef": 0.1}, {"dot_ef": 0.01, "lengths_ef": 1.0}
+    start = {"dot_ef": 0.1, "lengths_ef": 1.0}
+    assert train.share_of_lengths(start, shrunk) == pytest.approx(1) and train.share_of_lengths(start, turned) == 0
+    assert train.share_of_lengths(start, start) != train.share_of_lengths(start, start)  # nan: nothing has fallen
 
 
 def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, tmp_path):
