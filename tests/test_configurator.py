@@ -23,7 +23,7 @@ def test_defaults_file_and_command_line_override_in_this_order(tmp_path):
     ("--blur=1", "True or False"),
     ("--lr=nan", "must be of type float"),
     ("--lr=__import__('os').system('true')", "must be of type float"),
-    ("--method=dinno", "choose from clever, dino (did you mean 'dino'?)"),
+    ("--method=dinno", "choose from clever, dino, ddcl, simsiam (did you mean 'dino'?)"),
     ("--recipe=caug++", "did you mean 'caug+'?"),
     ("--ratio=1.5", "must lie between"),
     ("--batch_size=0", "must lie between"),
