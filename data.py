@@ -104,6 +104,11 @@ def decode(path):
     return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)
 
 
+def reason(error):
+    """What an exception says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def _decode_with_pillow(path):
     with Image.open(path) as file:
         if file.mode.startswith(("I", "F")):  # 16 bit, 32 bit or float: Pillow's own conversion would clip them instead of scaling
@@ -451,7 +456,7 @@ class _Samples(torch.utils.data.Dataset):
                 image = self.images.read(i)
                 break
             except UNREADABLE as error:
-                broken.append((self.images.name(i), str(error).splitlines()[0] if str(error) else type(error).__name__))
+                broken.append((self.images.name(i), reason(error)))
         else:
             raise UsageError(f"{broken[0][0]}: broken, as is every other image of the data set")
         key_ = key(self.seed, epoch, index)

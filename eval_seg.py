@@ -522,7 +522,7 @@ def saliency(setting, photos, test):
         try:
             image, truth = photo.read(), photo.mask()
         except (UsageError, *data.UNREADABLE) as error:
-            bar.write(f"{photo.name}: skipped, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            bar.write(f"{photo.name}: skipped, {data.reason(error)}")
             continue
         n, (H, W) = n + 1, image.shape[1:]
         if truth is not None and truth.shape != (H, W):
@@ -587,7 +587,7 @@ def davis(setting, videos, test, parts):
             scores = segment_video(setting, video, parts, draw=i < setting.config.pictures, bar=bar)
         except (UsageError, *data.UNREADABLE) as error:
             skipped += 1
-            bar.write(f"{video.name}: skipped, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            bar.write(f"{video.name}: skipped, {data.reason(error)}")
             continue
         for (row, part), of_objects in scores.items():
             per_object.setdefault((row, part), []).extend((f"{video.name}_{number}", values) for number, values in of_objects.items())

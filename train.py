@@ -70,7 +70,7 @@ class Run:
     network: Network                  # the student itself
     teacher: Network                  # SimSiam and DDCL have none: the student itself
     optimizer: torch.optim.Optimizer
-    centers: dict                     # head -> centre (K,); of methods with a teacher
+    centers: dict                     # head -> centre (K,); empty where there is no teacher
     recipe: tuple                     # augment.Recipe
 
 
@@ -144,7 +144,7 @@ def train_step(run, step, global_crops, local_crops, keys):
     run.optimizer.zero_grad(set_to_none=True)
 
     # teacher and centres by moving average
-    if run.teacher is not run.network:
+    if run.centers:
         update_teacher(run.teacher, run.network, cosine(step, config.ema, 1.0, total))
     for head, mean in teacher_means.items():
         losses.update_center(run.centers[head], mean, config.center_momentum)
@@ -155,7 +155,7 @@ def views_of(run, global_crops, local_crops, keys):
     """The crops as the network sees them, an entry a call of the backbone: [(2, B, 3, G, G), (L, B, 3, l, l)]; of SimSiam and DDCL the two
     views apart, [(1, B, 3, G, G)] * 2, for batch norm sees one at a time."""
     views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
-    return views if METHODS[run.config.method] is distil else list(views[0].split(1))
+    return views if run.centers else list(views[0].split(1))
 
 
 def is_logged(step, run):
@@ -370,7 +370,7 @@ def collapse_watch(run, train):
     _, global_crops, local_crops, keys = data.first_samples(train, run.config, min(run.config.batch_size, 256))
     views = views_of(run, global_crops, local_crops[:, :0], keys)
     z = {}
-    for name, network in dict(teacher=run.teacher, student=run.network).items():
+    for name, network in dict(student=run.network, **({"teacher": run.teacher} if run.centers and run.network.head_ef else {})).items():
         was_training = network.backbone.training
         network.backbone.eval()
         with run.autocast():
