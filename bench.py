@@ -1,11 +1,14 @@
-"""How fast, and against what: each row times our path and the textbook's, interleaved in one run, after checking that both compute the same.
+"""How fast, and against what: each row times our path and the textbook's, in turns in one run, after checking that both compute the same.
 
-    python bench.py                    all rows, some five minutes on two CPU cores
+    python bench.py                    all rows, some fifteen minutes on two CPU cores
     python bench.py --rows=step        rows whose name contains 'step'
     python bench.py --json=bench.json  also to a file
 
 Textbook: the same mathematics as the published scripts write it. A step in fp32, losses by a loop over pairs, every token through the last
-block, clip and EMA by a loop over parameters; the views image by image through torchvision's transforms on Pillow images."""
+block, clip and EMA by a loop over parameters; the views image by image through torchvision's transforms on Pillow images. Each side is a
+process of its own, so that ours keeps its freed memory and the textbook has what Python starts with; both may use all cores.
+Peak memory is what the first call adds to a process that has its weights and inputs. Beside the rate stands the share of what this machine could
+do: of its rate at a large matrix product in our precision (MFU), or of its rate at copying memory."""
 import contextlib
 import io
 import json
@@ -16,12 +19,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import torch
+import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import ImageFilter
 from torchvision.transforms.functional import to_pil_image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -34,7 +40,7 @@ import vmamba
 from augment import MEAN, RECIPES, STD, augment_views, crop_views
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key
-from model import build_backbone
+from model import WeightNormLinear, build_backbone
 from probe import choose_device, choose_precision
 
 
@@ -45,6 +51,16 @@ class BenchConfig:
     repeats: int = 7      # of each side, after one warm-up; the medians are compared
     device: str = "auto"
     json: str = ""        # also write the rows to this file
+
+
+class Row(NamedTuple):
+    """Two ways to one result."""
+    ours: Callable
+    textbook: Callable
+    images: int              # a call of either
+    check: Callable          # raises UsageError where the two differ in value
+    flops: bool = False      # what limits our side: the arithmetic of its matrix products, which is counted;
+    bytes: float = 0         # or that one call must move so many bytes
 
 
 def must_agree(what, ours, textbook, rtol):
@@ -106,16 +122,22 @@ def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
                  freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch, device=device.type)
     crops = torch.randint(0, 256, (batch, 2, 3, img_size, img_size), dtype=torch.uint8), torch.randint(0, 256, (batch, 8, 3, local_size, local_size), dtype=torch.uint8)
     keys = key(0, torch.arange(batch))
-    exact, ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, **knobs), 1000, device)
-                         for precision, rate in (("fp32", 0.0), ("auto", 0.1), ("fp32", 0.0)))
+    ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, **knobs), 1000, device) for precision, rate in (("auto", 0.1), ("fp32", 0.0)))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
     views = [v.to(device) for v in augment_views(crops[0].to(device), crops[1].to(device), keys, slow.recipe)]
-    terms, _ = textbook_terms(slow.config, slow.network, slow.teacher, slow.centers, views)
-    got = train.train_step(exact, 0, *crops, keys)
-    norm = losses.squared_norm(slow.network.head_ir).item()  # L_PReg is a small difference of two such sums: theirs is the rounding
-    for name, expected, offset in zip(("L_CL", "L_Orth", "L_PReg"), terms, (0, 0, norm)):
-        must_agree(name, got[name].item() + offset, expected.item() + offset, 1e-3)
-    return lambda: train.train_step(ours, 1, *crops, keys)["loss"].item(), lambda: textbook_step(slow, views).item(), batch
+
+    def check():
+        terms, _ = textbook_terms(slow.config, slow.network, slow.teacher, slow.centers, views)
+        got = train.train_step(train.make_run(slow.config, 1000, device), 0, *crops, keys)
+        norm = losses.squared_norm(slow.network.head_ir).item()  # L_PReg is a small difference of two such sums: theirs is the rounding
+        for name, expected, offset in zip(("L_CL", "L_Orth", "L_PReg"), terms, (0, 0, norm)):
+            must_agree(name, got[name].item() + offset, expected.item() + offset, 1e-3)
+
+    def textbook():
+        vmamba.default_backend = None if device.type == "cuda" else "loop"
+        return textbook_step(slow, views).item()
+
+    return Row(lambda: train.train_step(ours, 1, *crops, keys)["loss"].item(), textbook, batch, check, flops=True)
 
 
 # ------------------------------------------------------------------------------------------------ the views
@@ -162,39 +184,55 @@ def views_row(recipe, n=8):
         pixels = [torch.cat([make()[i].flatten() for _ in range(3)]) for i in range(2)]
         return [f(p).item() for p in pixels for f in (torch.mean, torch.std)]
 
-    torch.manual_seed(0), random.seed(0)
-    for name, a, b in zip(("mean, global", "std, global", "mean, local", "std, local"), moments(ours), moments(textbook)):
-        must_agree(f"pixels' {name}", a + 5, b + 5, 0.05)  # means lie near 0: an absolute tolerance of a quarter of a std
-    return on_one_core(ours), on_one_core(textbook), n
+    def check():
+        torch.manual_seed(0), random.seed(0)
+        for name, a, b in zip(("mean, global", "std, global", "mean, local", "std, local"), moments(ours), moments(textbook)):
+            must_agree(f"pixels' {name}", a + 5, b + 5, 0.05)  # means lie near 0: an absolute tolerance of a quarter of a std
+
+    return Row(on_one_core(ours), on_one_core(textbook), n, check)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
 
 
-def loss_row(device, batch=16, K=65536):
-    """L_CL and L_Orth over ten views, forward and backward, from the logits."""
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = ((torch.rand(n, batch, K, generator=generator) * 2 - 1).to(device) for n in (10, 2))
+def loss_row(device, batch=64, K=65536, d=256):
+    """L_CL and L_Orth over ten views with both heads' last layers, forward and backward, from the unit vectors in front of the prototypes."""
+    torch.manual_seed(0)
+    heads = [[WeightNormLinear(d, K).to(device) for _ in ("student", "teacher")] for _ in ("ir", "ef")]
+    units = [[F.normalize(torch.randn(n, batch, d), dim=-1).to(device) for n in (10, 2)] for _ in ("ir", "ef")]
     center = torch.zeros(K, device=device)
 
     def run(function):
-        s = student.clone().requires_grad_()
-        loss = function(s)
-        loss.backward()
-        return loss.item()
-
-    def textbook(s):
         total = 0
+        for layer, _ in heads:
+            layer.weight_v.grad = None
+        for kind, (layer, teacher_layer), (student, teacher) in zip(("cross-entropy", "dot"), heads, units):
+            total = total + function(kind, student.clone().requires_grad_(), layer, teacher, teacher_layer)
+        total.backward()
+        return total.item()
+
+    def by_pairs(kind, student, layer, teacher, teacher_layer):
+        with torch.no_grad():
+            t = F.linear(teacher, F.normalize(teacher_layer.weight_v, dim=-1))  # (2, B, K)
+        s, total = F.linear(student, F.normalize(layer.weight_v, dim=-1)), 0    # (V, B, K)
         for i in range(2):
             for v in range(10):
                 if v != i:
-                    q = F.softmax((teacher[i] - center) / 0.04, dim=-1)
-                    total = total + torch.sum(-q * F.log_softmax(s[v] / 0.1, dim=-1), dim=-1).mean() + torch.sum(q * F.softmax(s[v] / 0.1, dim=-1), dim=-1).mean()
+                    q = F.softmax((t[i] - center) / 0.04, dim=-1)
+                    term = -q * F.log_softmax(s[v] / 0.1, dim=-1) if kind == "cross-entropy" else q * F.softmax(s[v] / 0.1, dim=-1)
+                    total = total + term.sum(-1).mean()
         return total / 18
 
-    ours = lambda s: losses.dino_loss(s, teacher, center) + losses.orthogonality(s, teacher, center)
-    must_agree("loss", run(ours), run(textbook), 1e-4)
-    return lambda: run(ours), lambda: run(textbook), batch
+    def ours(kind, student, layer, teacher, teacher_layer):
+        return losses.against_prototypes(kind, student, layer, teacher, teacher_layer, center, 0.1, 0.04)[0]
+
+    def check():
+        (loss, *gradients), (expected, *wanted) = ((run(way), *(layer.weight_v.grad.norm().item() for layer, _ in heads)) for way in (ours, by_pairs))
+        must_agree("loss", loss, expected, 1e-4)
+        for name, gradient, want in zip(("ir", "ef"), gradients, wanted):
+            must_agree(f"norm of the gradient by {name}'s prototypes", gradient, want, 1e-4)
+
+    return Row(lambda: run(ours), lambda: run(by_pairs), batch, check, flops=True)
 
 
 # ------------------------------------------------------------------------------------------------ the selective scan
@@ -215,9 +253,13 @@ def scan_row(device, images=2, channels=384, L=3136):
         grads = torch.autograd.grad(y.square().mean(), given)
         return y.detach().cpu(), *(g.cpu() for g in grads)  # also waits for the device
 
-    for name, ours, slow in zip(("y", "u", "delta", "A", "B", "C", "D", "bias"), run(None), run(textbook)):
-        must_agree(f"1 + the largest difference of {name}, relative", 1 + ((ours - slow).abs().max() / slow.abs().max()).item(), 1.0, 1e-3)
-    return lambda: run(None), lambda: run(textbook), images
+    def check():
+        for name, ours, slow in zip(("y", "u", "delta", "A", "B", "C", "D", "bias"), run(None), run(textbook)):
+            must_agree(f"1 + the largest difference of {name}, relative", 1 + ((ours - slow).abs().max() / slow.abs().max()).item(), 1.0, 1e-3)
+
+    # forward reads u, delta, B, C and writes y; backward reads them and y's gradient and writes theirs; a row of B and C serves channels / 4 of u
+    moved = 4 * images * L * (channels * (3 + 5) + 4 * (2 + 4))
+    return Row(lambda: run(None), lambda: run(textbook), images, check, bytes=moved)
 
 
 def vmamba_row(device, batch=2):
@@ -233,8 +275,7 @@ def vmamba_row(device, batch=2):
         vmamba.default_backend = None
         return backbone.patch_embed[0].weight.grad.norm().item()
 
-    must_agree("the first layer's gradient", run(None), run("loop"), 1e-3)
-    return lambda: run(None), lambda: run("loop"), batch
+    return Row(lambda: run(None), lambda: run("loop"), batch, lambda: must_agree("the first layer's gradient", run(None), run("loop"), 1e-3), flops=True)
 
 
 # ------------------------------------------------------------------------------------------------ the evaluations
@@ -254,8 +295,7 @@ def features_row(device, n=512):
     def textbook():
         return torch.cat([backbone.tokens(torch.stack([transform(p) for p in some]).to(device))[0][:, 0] for some in (pictures[i:i + 256] for i in range(0, n, 256))])
 
-    must_agree("features", ours("fp32").square().mean().item(), textbook().square().mean().item(), 1e-3)
-    return ours, textbook, n
+    return Row(ours, textbook, n, lambda: must_agree("features", ours("fp32").square().mean().item(), textbook().square().mean().item(), 1e-3))
 
 
 def linear_row(device, n=2048, n_test=32):
@@ -274,9 +314,11 @@ def linear_row(device, n=2048, n_test=32):
     everything = eval_linear.LinearConfig(ckpt="-", epochs=1, batch_size=256, workers=0)
     single = eval_linear.LinearConfig(ckpt="-", epochs=1, batch_size=256, workers=0, part="full", lrs=())
     ours, textbook = lambda: run(everything, everything.tests), lambda: run(single, "orig")
-    [fixed] = [row["value"] for row in ours() if (row["part"], row["test"], row["lr"]) == ("full", "orig", 0.001) and row["judge"] == "linear, lr 0.001"]
-    must_agree("accuracy at the fixed learning rate", fixed, textbook()[0]["value"], 1e-3)
-    return ours, textbook, n
+    def check():
+        [fixed] = [row["value"] for row in ours() if (row["part"], row["test"], row["lr"]) == ("full", "orig", 0.001) and row["judge"] == "linear, lr 0.001"]
+        must_agree("accuracy at the fixed learning rate", fixed, textbook()[0]["value"], 1e-3)
+
+    return Row(ours, textbook, n, check)
 
 
 def labels_row(device, h=30, w=52, dim=384, radius=12, topk=5, temperature=0.1):
@@ -297,8 +339,7 @@ def labels_row(device, h=30, w=52, dim=384, radius=12, topk=5, temperature=0.1):
         affinity[affinity < kth] = 0
         return (labels.transpose(0, 1).flatten(1) @ (affinity / affinity.sum(0))).view(-1, h, w).cpu()
 
-    must_agree("1 + the largest difference of labels", 1 + (ours() - textbook()).abs().max().item(), 1.0, 1e-3)
-    return ours, textbook, 1
+    return Row(ours, textbook, 1, lambda: must_agree("1 + the largest difference of labels", 1 + (ours() - textbook()).abs().max().item(), 1.0, 1e-3))
 
 
 ROWS = {
@@ -308,7 +349,10 @@ ROWS = {
     "views BAug, one core": lambda device: views_row("baug"),
     "views CAug, one core": lambda device: views_row("caug"),
     "views CAug+, one core": lambda device: views_row("caug+"),
-    "loss over 10 views, batch 16, K 65536": lambda device: loss_row(device),
+    "step vit_small/16, 2x224+8x96, batch 4, K 65536": lambda device: step_row(device, "vit_small", 16, 224, 96, 4, 65536),
+    "step resnet50, 2x224+8x96, batch 2, K 65536": lambda device: step_row(device, "resnet50", 16, 224, 96, 2, 65536),
+    "step vmamba_micro, 2x64+8x32, batch 4, K 4096": lambda device: step_row(device, "vmamba_micro", 16, 64, 32, 4, 4096),
+    "loss and last layers, 10 views, batch 64, K 65536": lambda device: loss_row(device),
     "selective scan (2, 384, 3136), N 1": lambda device: scan_row(device),
     "vmamba_tiny at 224, forward + backward": lambda device: vmamba_row(device),
     "features, vit_micro/8 at 64 px": lambda device: features_row(device),
@@ -320,7 +364,72 @@ ROWS = {
 def table_line(row):
     """A row of bench.json as a line of the table, for the screen and the README alike."""
     cells = ("{:.4g} ({:.4g}..{:.4g})".format(row[side], *row[f"{side}_quartiles"]) for side in ("textbook", "ours"))
-    return f"| {row['row']:46} | " + " | ".join(f"{cell:22}" for cell in cells) + f" | {row['ratio']:.2f}x |"
+    memory = " / ".join(f"{row[f'{side}_MB']:,.0f}" if row[f"{side}_MB"] is not None else "-" for side in ("textbook", "ours"))
+    limit = f"{row['of_limit']:.0%}" if row["of_limit"] else ""
+    return f"| {row['row']:49} | " + " | ".join(f"{cell:22}" for cell in cells) + f" | {row['ratio']:.2f}x | {memory:>14} | {limit:>4} |"
+
+
+def side_of(name, side, device, pipe):
+    """One side of a row in its own process: for each message that comes, makes one call and answers (seconds, MB that the call added at its peak)."""
+    if side == "ours" and device.type == "cpu":
+        probe.keep_freed_memory()
+    choose_precision("auto", device)
+    call = getattr(ROWS[name](device), side)
+    pipe.send("ready")
+    while pipe.recv():
+        start_of_peak(device)
+        before, start = memory(device)[0], time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, None if before is None else memory(device)[1] - before))
+
+
+def start_of_peak(device):
+    """From here on memory(device) tells the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def memory(device):
+    """-> MB in use now, MB at the peak; None, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 1e6, torch.cuda.max_memory_allocated() / 1e6
+    try:
+        with open("/proc/self/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return tuple(int(lines[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM"))
+    except OSError:
+        return None, None
+
+
+def limits(device):
+    """What this machine can do at most -> {'flops': per second in a large matrix product of our precision, 'bytes': per second in a copy, read and written}."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, autocast = torch.randn(n, n, device=device), choose_precision("auto", device)[1]
+    big = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    a = a.bfloat16() if choose_precision("auto", device)[0] == "bf16" else a
+
+    def seconds(call):
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            call().flatten()[0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.no_grad(), autocast():
+        target = torch.empty_like(big)
+        return dict(flops=2 * n**3 / seconds(lambda: a @ a), bytes=8 * len(big) / seconds(lambda: target.copy_(big)))
+
+
+def count_flops(call):
+    """The floating-point operations of a call's matrix products and convolutions, backward ones too."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def main(argv):
@@ -332,28 +441,42 @@ def main(argv):
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}, torch {torch.__version__}, {choose_precision('auto', device)[0]}; images per second, median of {config.repeats} (quartiles), interleaved\n")
-    print(f"| {'images per second':46} | {'textbook':22} | {'ours':22} | ratio |\n|---|--:|--:|--:|")
-    table = []
+    precision, most = choose_precision("auto", device)[0], limits(device)
+    print(f"{machine}, torch {torch.__version__}, {precision}: at most {most['flops'] / 1e9:,.0f} GFLOP/s, {most['bytes'] / 1e9:,.0f} GB/s; "
+          f"images per second, median of {config.repeats} (quartiles), in turns; MB that a call adds at its peak; ours of the limit\n")
+    print(f"| {'images per second':49} | {'textbook':22} | {'ours':22} | ratio | MB, both sides | limit |\n|---|--:|--:|--:|--:|--:|", flush=True)
+    table, start_process = [], multiprocessing.get_context("spawn")
     for name, make in chosen.items():
-        ours, textbook, images = make(device)
-        rates = {ours: [], textbook: []}
-        for repeat in tqdm(range(config.repeats + 1), desc=name, leave=False):
-            for side, seen in rates.items():
-                start = time.perf_counter()
-                side()
-                if repeat:  # the first is the warm-up
-                    seen.append(images / (time.perf_counter() - start))
-        row = {"row": name}
-        for label, seen in zip(("ours", "textbook"), rates.values()):
-            quartiles = statistics.quantiles(seen, n=4) if len(seen) > 1 else [seen[0]] * 3
-            row |= {label: statistics.median(seen), f"{label}_quartiles": [quartiles[0], quartiles[2]]}
-        row["ratio"] = row["ours"] / row["textbook"]
-        table.append(row)
-        print(table_line(row), flush=True)
-    if config.json:
-        with open(config.json, "w") as file:
-            json.dump(dict(device=machine, torch=torch.__version__, rows=table), file, indent=1)
+        row = make(device)
+        row.check()
+        needs = count_flops(row.ours) / most["flops"] if row.flops else row.bytes / most["bytes"]  # seconds that a call takes at least
+        images = row.images
+        del row
+        sides = {}
+        for side in ("textbook", "ours"):
+            pipe, other_end = start_process.Pipe()
+            process = start_process.Process(target=side_of, args=(name, side, device, other_end), daemon=True)
+            process.start()
+            pipe.recv()
+            sides[side] = pipe
+        seen = {side: [] for side in sides}
+        for _ in tqdm(range(config.repeats + 1), desc=name, leave=False):
+            for side, pipe in sides.items():
+                pipe.send(True)
+                seen[side].append(pipe.recv())
+        result = {"row": name}
+        for side, pipe in sides.items():
+            pipe.send(False)
+            (_, peak), *calls = seen[side]  # the first is the warm-up
+            rates = [images / seconds for seconds, _ in calls]
+            quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
+            result |= {side: statistics.median(rates), f"{side}_quartiles": [quartiles[0], quartiles[2]], f"{side}_MB": peak}
+        result |= dict(ratio=result["ours"] / result["textbook"], of_limit=needs * result["ours"] / images)
+        table.append(result)
+        print(table_line(result), flush=True)
+        if config.json:
+            with open(config.json, "w") as file:
+                json.dump(dict(device=machine, torch=torch.__version__, precision=precision, limits=most, rows=table), file, indent=1)
 
 
 if __name__ == "__main__":

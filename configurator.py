@@ -75,6 +75,7 @@ class Config:
     seed: int = 0
     device: str = "auto"              # 'auto', 'cpu', 'cuda'
     precision: str = "auto"           # 'auto': 'bf16' autocast where the processor has it, else 'fp32'
+    loss_images: int = 0              # images whose logits (views x K) are held at a time; 0: as many as fit 256 MB on a GPU, 32 MB on a CPU
     compile: bool = False             # torch.compile of each backbone block
     scan: str = "auto"                # VMamba's selective scan: 'triton' (the default on a GPU that has it), 'torch' (elsewhere), 'loop' (for comparison)
     # what is written
@@ -106,7 +107,7 @@ RANGES = dict(patch_size=(1, 1024), ratio=(0.001, 0.999), out_dim=(2, 2**24), ou
               teacher_temp_start=(1e-6, 100), teacher_temp_epochs=(0, _inf), center_momentum=(0, 1), ema=(0, 1), img_size=(8, 4096), local_size=(8, 4096),
               local_crops=(0, 100), workers=(0, 512), epochs=(1, _inf), batch_size=(1, _inf), max_batch_per_gpu=(1, _inf), lr=(0, 100),
               min_lr=(0, 100), warmup_epochs=(0, _inf), weight_decay=(0, 100), weight_decay_end=(0, 100), clip=(0, _inf),
-              freeze_last_layer=(0, _inf), log_every=(1, _inf), eval_every=(0, _inf), save_every=(0, _inf), seed=(0, 2**31), repeats=(1, 1000),
+              freeze_last_layer=(0, _inf), log_every=(1, _inf), eval_every=(0, _inf), save_every=(0, _inf), loss_images=(0, _inf), seed=(0, 2**31), repeats=(1, 1000),
               alpha=(-_inf, _inf), beta=(-_inf, _inf), lam=(0, _inf), held_out=(0.001, 0.9), views=(1, 1000), seeds=(1, 1000), blocks=(0, 1000),
               lrs=(1e-9, 100), degrees=(0, 180), size=(16, 4096), n_last=(0, 1000), radius=(0, 1000), topk=(1, 1000), temperature=(1e-6, 100), tau=(-1, 1), pictures=(0, 10**6))
 

@@ -4,17 +4,66 @@ Views v = 0 .. V-1 of an image, the first two global; the teacher sees i = 0, 1.
     q_i = softmax((t_i - centre) / T_t)  (no gradient)   and   p_v = softmax(s_v / T_s)
 both pair losses are means over the images and over the 2V - 2 pairs (i, v), v != i, of something linear in q_i. So the two teacher views
 are summed before anything else: student view 0 meets q_1, view 1 meets q_0, and every local view meets q_0 + q_1. That is one pass over
-the crops instead of one a pair; the double loop over pairs is the oracle in tests/test_losses.py. SimSiam and DDCL, whose two views have
-no teacher, follow below. All arithmetic is fp32.
+the crops instead of one a pair, and the gradient by s_v is found in the same pass; the double loop over pairs is the oracle in
+tests/test_losses.py. SimSiam and DDCL, whose two views have no teacher, follow below. All arithmetic is fp32.
 """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def _partners(q):
-    """q (2, B, K) -> what the student's global views meet (2, B, K), what each local view meets (B, K)."""
-    return q.flip(0), q.sum(0)
+def _partners(q, V):
+    """q (2, B, K) -> for each of the V student views what it meets (B, K): view 0 meets q_1, view 1 q_0, a local view both at once."""
+    return [q[1], q[0]] + [q.sum(0)] * (V - 2)
+
+
+def _cross_entropy(s, q):
+    """s = logits / T_s (V, B, K), q (2, B, K) -> the sum over pairs and images of -sum_k q_i log p_v, its gradient by s."""
+    p, total = torch.log_softmax(s, -1), 0
+    for v, (view, partner) in enumerate(zip(p, _partners(q, len(s)))):  # view by view, in place: these are the largest tensors of all
+        total = total - (view * partner).sum()
+        view.exp_().mul_(1 if v < 2 else 2).sub_(partner)  # p_v - q_i of each of its pairs
+    return total, p
+
+
+def _dot(s, q):
+    """As _cross_entropy, of <q_i, p_v>."""
+    p, total = torch.softmax(s, -1), 0
+    for view, partner in zip(p, _partners(q, len(s))):
+        products = view * partner                      # (B, K)
+        dots = products.sum(-1, keepdim=True)          # (B, 1)
+        total = total + dots.sum()
+        view.mul_(-dots).add_(products)                # p (partner - <partner, p>)
+    return total, p
+
+
+def _cosine(s, q):
+    """As _cross_entropy, of cos(q_i, p_v)."""
+    p, total = torch.softmax(s, -1), 0
+    for view, partner in zip(p, _partners(F.normalize(q, dim=-1), len(s))):
+        length = view.norm(dim=-1, keepdim=True)       # (B, 1)
+        products = view * partner / length
+        cosines = products.sum(-1, keepdim=True)
+        total = total + cosines.sum()
+        view.square_().mul_(-cosines / length.square()).add_(products)  # no <., p> as above: a cosine does not change with p's length
+    return total, p
+
+
+PAIRS = {"cross-entropy": _cross_entropy, "dot": _dot, "cosine": _cosine}
+
+
+class _Known(torch.autograd.Function):
+    """value -> value, whose gradients by `inputs` have been found together with it."""
+
+    @staticmethod
+    def forward(ctx, value, gradients, *inputs):
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, outer):
+        gradients, ctx.gradients = ctx.gradients, ()  # handed on, not copied: they are large, and a second backward is refused for want of them
+        return None, None, *(gradient.mul_(outer) for gradient in gradients)
 
 
 def _teacher_probabilities(teacher, center, temp):
@@ -22,19 +71,25 @@ def _teacher_probabilities(teacher, center, temp):
         return torch.softmax((teacher.float() - center) / temp, dim=-1)  # (2, B, K)
 
 
+def _mean_over_pairs(kind, student, teacher, center, student_temp, teacher_temp):
+    (V, B, _), s = student.shape, student.float() / student_temp
+    with torch.no_grad():
+        total, gradient = PAIRS[kind](s, _teacher_probabilities(teacher, center, teacher_temp))
+        pairs = (2 * V - 2) * B
+        return _with_gradient(total / pairs, [gradient / pairs], s)
+
+
+def _with_gradient(value, gradients, *inputs):
+    with torch.enable_grad():
+        return _Known.apply(value, gradients, *inputs)
+
+
 def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
     """L_CL = mean over pairs and images of -sum_k q_i log p_v (paper eq. of L_CL; DINO eq. 3).
 
     student (V, B, K), teacher (2, B, K): raw logits; center (K,) -> scalar, in nats, at least 0.
     """
-    V, B, _ = student.shape
-    to_globals, to_locals = _partners(_teacher_probabilities(teacher, center, teacher_temp))
-    student = student.float() / student_temp
-    # -sum_k q log p = logsumexp(s) - <q, s> where q sums to 1; a local view has two partners
-    normaliser = torch.logsumexp(student, dim=-1)  # (V, B)
-    total = normaliser[:2].sum() + 2 * normaliser[2:].sum()
-    total = total - (student[:2] * to_globals).sum() - (student[2:].sum(0) * to_locals).sum()
-    return total / ((2 * V - 2) * B)
+    return _mean_over_pairs("cross-entropy", student, teacher, center, student_temp, teacher_temp)
 
 
 def orthogonality(student, teacher, center, student_temp=0.1, teacher_temp=0.04, kind="dot"):
@@ -42,20 +97,47 @@ def orthogonality(student, teacher, center, student_temp=0.1, teacher_temp=0.04,
 
     student (V, B, K), teacher (2, B, K): raw logits of the ef heads; center (K,) -> scalar in [0, 1].
     """
-    V, B, _ = student.shape
-    q = _teacher_probabilities(teacher, center, teacher_temp)
-    p = torch.softmax(student.float() / student_temp, dim=-1)  # (V, B, K)
-    if kind == "cosine":
-        q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
-    elif kind != "dot":
+    if kind not in ("dot", "cosine"):
         raise ValueError(f"kind={kind!r}: 'dot' or 'cosine'")
-    to_globals, to_locals = _partners(q)
-    return ((p[:2] * to_globals).sum() + (p[2:].sum(0) * to_locals).sum()) / ((2 * V - 2) * B)
+    return _mean_over_pairs(kind, student, teacher, center, student_temp, teacher_temp)
+
+
+def against_prototypes(kind, student, layer, teacher, teacher_layer, center, student_temp, teacher_temp, images=0):
+    """A pair loss together with the heads' last layers, so that the logits of all views never exist at once.
+
+    kind 'cross-entropy', 'dot' or 'cosine'; student (V, B, d), teacher (2, B, d): unit vectors in front of the prototypes; layer, teacher_layer:
+    model.WeightNormLinear of d -> K; center (K,); images: how many images' logits are held at a time, 0: as many as fill 256 MB, on a CPU
+    32 MB -> the loss (scalar), the teacher's mean logits (K,), its mean entropy in nats (at ln K the teacher says nothing,
+    at 0 it is certain). The same as dino_loss or orthogonality of layer(student), teacher_layer(teacher), gradients included."""
+    (V, B, _), K, device = student.shape, len(center), student.device
+    images = images or max(1, (2**26 if device.type == "cuda" else 2**23) // (V * K))
+    pairs, v = (2 * V - 2) * B, layer.weight_v  # (K, d)
+    total, entropy, teacher_sum = 0, 0, 0
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        length = v.norm(dim=1)                             # (K,)
+        scale = layer.weight_g[:, 0] / (length * student_temp)
+        by_student, by_v, along = torch.empty_like(student), torch.zeros_like(v), torch.zeros_like(length)
+        for i in range(0, B, images):
+            u, t = student[:, i:i + images].flatten(0, 1), teacher_layer(teacher[:, i:i + images])  # (V * b, d), (2, b, K)
+            teacher_sum = teacher_sum + t.sum((0, 1))
+            q = t.sub_(center).div_(teacher_temp).softmax(-1)
+            entropy = entropy + torch.special.entr(q).sum()
+            s = (u @ v.T).mul_(scale)                      # (V * b, K), logits / T_s
+            term, gradient = PAIRS[kind](s.unflatten(0, (V, -1)), q)
+            total = total + term
+            # s_k = scale_k <v_k, u>, where scale_k holds 1 / |v_k|: its gradient by v_k is scale_k u less its part along v_k
+            gradient = gradient.flatten(0, 1).div_(pairs)
+            along += s.mul_(gradient).sum(0)
+            gradient.mul_(scale)
+            by_student[:, i:i + images] = (gradient @ v).unflatten(0, (V, -1))
+            by_v.addmm_(gradient.T, u)
+        by_v.addcmul_(v, (along / length.square())[:, None], value=-1)
+        return _with_gradient(total / pairs, [by_student, by_v], student, v), teacher_sum / (2 * B), entropy / (2 * B)
 
 
 def squared_norm(head):
     """||h||^2: the sum of squares of ALL of a head's parameters, the fixed gain of its weight-normalised layer included (as the scripts do)."""
-    return sum(p.float().square().sum() for p in head.parameters())
+    return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in head.parameters()]).square().sum()
 
 
 def projection_regularization(head_ir, head_ef):
@@ -86,16 +168,11 @@ def ddcl_orthogonality(predictions, projections, kind="cosine"):
     return mean * mean_over_ranks(mean.detach()).sign()
 
 
-def teacher_entropy(teacher, center, temp):
-    """teacher (2, B, K), center (K,) -> mean entropy of q in nats: at ln K the teacher says nothing, at 0 it is certain."""
-    return torch.special.entr(_teacher_probabilities(teacher, center, temp)).sum(-1).mean()
-
-
 @torch.no_grad()
 def update_center(center, teacher_mean, momentum=0.9):
     """center (K,) <- momentum * center + (1 - momentum) * mean over ranks of teacher_mean (K,); in place (DINO eq. 4).
 
-    teacher_mean: the teacher's raw logits (2, B, K), averaged over views and images."""
+    teacher_mean: the teacher's raw logits, averaged over its two views and the images."""
     center.lerp_(mean_over_ranks(teacher_mean), 1 - momentum)
 
 

@@ -228,7 +228,7 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.data)
 
     def forward(self, x):
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        return F.linear(x, self.weight_v) * (self.weight_g[:, 0] / self.weight_v.norm(dim=1))  # the outputs are fewer than the weights
 
 
 class ProjectionHead(nn.Module):
@@ -243,9 +243,13 @@ class ProjectionHead(nn.Module):
     def forward(self, z):
         """z (N, in_dim) -> logits (N, out_dim), cosines in [-1, 1], fp32 also under autocast: divided by a temperature of
         0.04, the rounding of a bf16 cosine would be an error of up to 5 % in the probabilities."""
-        unit = F.normalize(self.project(z).float(), dim=-1)  # (N, bottleneck)
+        unit = self.unit(z)
         with torch.autocast(z.device.type, enabled=False):
             return self.last_layer(unit)
+
+    def unit(self, z):
+        """z (N, in_dim) -> (N, bottleneck) fp32, of length 1: what meets the prototypes."""
+        return F.normalize(self.project(z).float(), dim=-1)
 
     def project(self, z):
         """z (N, in_dim) -> (N, bottleneck), before it is normalised."""
@@ -288,8 +292,9 @@ class Network(nn.Module):
         self.head_ef = make_head(backbone.dim - d_ir, "ef") if ratio < 1 else None
 
     def forward(self, views, draws=None):
-        """views: list of tensors (n, B, 3, H, W) -> what the heads make of them, by view: of ir, of ef or None. ProjectionHead's logits
-        (V, B, K), V the sum of n; SiameseHead's projections and predictions (2, V, B, hidden).
+        """views: list of tensors (n, B, 3, H, W) -> what the heads make of them, by view: of ir, of ef or None. ProjectionHead's unit vectors
+        (V, B, bottleneck), V the sum of n: the losses take them to the prototypes, for the logits are too large to be kept. SiameseHead's
+        projections and predictions (2, V, B, hidden).
 
         One backbone call an entry of the list, as a resolution; one head call for all views. draws: drop path's uniforms (n, B, depth, 2) of each."""
         B = views[0].shape[1]
@@ -298,7 +303,8 @@ class Network(nn.Module):
             images = images.flatten(0, 1)  # (n * B, 3, H, W)
             z.append(self.backbone(images) if draws is None else self.backbone(images, draws[i].flatten(0, 1)))
         z_ir, z_ef = split(torch.cat(z), self.ratio)  # (V * B, d_ir), (V * B, d_ef)
-        return self.head_ir(z_ir).unflatten(-2, (-1, B)), self.head_ef and self.head_ef(z_ef).unflatten(-2, (-1, B))
+        out = [head.unit(part) if isinstance(head, ProjectionHead) else head(part) for head, part in zip(self.heads.values(), (z_ir, z_ef))]
+        return (*(x.unflatten(-2, (-1, B)) for x in out), None)[:2]
 
     @property
     def heads(self):

@@ -32,7 +32,7 @@ from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
 from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, split, synchronise_batch_norm
 
-MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
+MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "loss_images", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
 
 # ------------------------------------------------------------------------------------------------ schedules: functions of the step
 
@@ -79,19 +79,20 @@ def distil(run, step, views, draws):
     to be logged. views [(2, B, 3, G, G), (L, B, 3, l, l)]; the teacher sees the global ones only."""
     config, teacher_temp = run.config, teacher_temperature(step, run.config, run.steps_per_epoch)
     with torch.no_grad():
-        t_ir, t_ef = run.teacher(views[:1])    # (2, B, K), (2, B, K_ef)
-    s_ir, s_ef = run.student(views, draws)     # (V, B, K), (V, B, K_ef)
+        t_ir, t_ef = run.teacher(views[:1])    # (2, B, bottleneck) each; None without a split
+    s_ir, s_ef = run.student(views, draws)     # (V, B, bottleneck) each
 
-    terms = {"L_CL": losses.dino_loss(s_ir, t_ir, run.centers["ir"], config.student_temp, teacher_temp)}
+    def pair_loss(kind, name, student, teacher):
+        layers = run.network.heads[name].last_layer, run.teacher.heads[name].last_layer
+        return losses.against_prototypes(kind, student, layers[0], teacher, layers[1], run.centers[name], config.student_temp, teacher_temp, config.loss_images)
+
+    terms, means, logged = {}, {}, {}
+    terms["L_CL"], means["ir"], logged["H_ir"] = pair_loss("cross-entropy", "ir", s_ir, t_ir)
     if config.method == "clever":
-        terms["L_Orth"] = losses.orthogonality(s_ef, t_ef, run.centers["ef"], config.student_temp, teacher_temp, config.orth)
+        terms["L_Orth"], means["ef"], logged["H_ef"] = pair_loss(config.orth, "ef", s_ef, t_ef)
         terms["L_PReg"] = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
-
-    logged, outputs = {}, dict(zip(run.centers, (t_ir, t_ef)))
-    if is_logged(step, run):
-        logged = {f"H_{head}": losses.teacher_entropy(t, run.centers[head], teacher_temp) for head, t in outputs.items()}
-        logged["KL"] = terms["L_CL"] - logged["H_ir"]  # of student from teacher: what there is to learn
-    return terms, {head: t.mean((0, 1)) for head, t in outputs.items()}, logged
+    logged["KL"] = terms["L_CL"].detach() - logged["H_ir"]  # of student from teacher: what there is to learn
+    return terms, means, logged
 
 
 def siamese(run, step, views, draws):

@@ -1,11 +1,12 @@
 """The losses against the formulas written out: a double loop over pairs, in float64."""
+import copy
 import math
 
 import pytest
 import torch
 
 import losses
-from model import ProjectionHead
+from model import ProjectionHead, WeightNormLinear
 
 V, B, K = 5, 3, 11
 
@@ -21,6 +22,7 @@ def textbook(student, teacher, center, student_temp, teacher_temp, term):
 CROSS_ENTROPY = lambda q, p: -(q * p.log()).sum(-1)
 DOT = lambda q, p: (q * p).sum(-1)
 COSINE = lambda q, p: torch.cosine_similarity(q, p, dim=-1)
+TERMS = {"cross-entropy": CROSS_ENTROPY, "dot": DOT, "cosine": COSINE}
 CASES = {"cross-entropy": (losses.dino_loss, CROSS_ENTROPY), "dot": (losses.orthogonality, DOT),
          "cosine": (lambda *a: losses.orthogonality(*a, kind="cosine"), COSINE)}
 
@@ -59,6 +61,34 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
     assert given.grad is None  # the gradient stops there
 
 
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("views", [2, V])
+@pytest.mark.parametrize("kind", ["cross-entropy", "dot", "cosine"])
+def test_a_loss_with_its_last_layers_is_the_textbooks_however_few_logits_are_held(kind, views, images):
+    """Value, gradients by the unit vectors and by the prototypes, the teacher's mean and entropy; of prototypes of any length and gain."""
+    generator = torch.Generator().manual_seed(0)
+    layer, teacher_layer = WeightNormLinear(4, K), WeightNormLinear(4, K)
+    for one in (layer, teacher_layer):
+        one.weight_v.data, one.weight_g.data = 3 * torch.randn(K, 4, generator=generator), 1 + torch.rand(K, 1, generator=generator)
+    student, teacher = (torch.nn.functional.normalize(torch.randn(n, B, 4, generator=generator), dim=-1) for n in (views, 2))
+    center, fast, slow = 0.1 * torch.randn(K, generator=generator), student.clone().requires_grad_(), student.double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):  # which must not reach the logits
+        got, mean, entropy = losses.against_prototypes(kind, fast, layer, teacher, teacher_layer, center, 0.1, 0.04, images)
+    (3 * got).backward()
+
+    exact = copy.deepcopy(layer).double()
+    t = copy.deepcopy(teacher_layer).double()(teacher.double())
+    expected = textbook(exact(slow), t, center.double(), 0.1, 0.04, TERMS[kind])
+    (3 * expected).backward()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(layer.weight_v.grad.double(), exact.weight_v.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mean.double(), t.mean((0, 1)), rtol=1e-5, atol=1e-6)
+    q = torch.softmax((t - center) / 0.04, -1)
+    assert entropy.item() == pytest.approx(-(q * q.log()).sum(-1).mean().item(), rel=1e-4)
+    assert teacher_layer.weight_v.grad is None and not mean.requires_grad and not entropy.requires_grad
+
+
 def test_no_gradient_reaches_the_teacher():
     teacher = torch.randn(2, B, K, requires_grad=True)
     student = torch.randn(V, B, K, requires_grad=True)
@@ -78,7 +108,6 @@ def test_losses_at_the_points_where_they_are_known():
     other = torch.zeros(2, B, K)
     other[..., 4] = 100.0
     assert losses.orthogonality(certain, other, center).item() == pytest.approx(0, abs=1e-6)
-    assert losses.teacher_entropy(uniform[:2], center, 0.04).item() == pytest.approx(math.log(K), rel=1e-5)
 
 
 def test_the_pair_of_a_view_with_itself_is_left_out():

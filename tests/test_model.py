@@ -144,6 +144,8 @@ def test_network_over_views_is_the_network_view_by_view():
     net = model.build_network(tiny_config(out_dim=24, out_dim_ef=12, head_hidden=16, head_bottleneck=8)).eval()
     views = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
     ir, ef = net(views)
+    assert ir.shape == ef.shape == (6, 3, 8)  # unit vectors in front of the prototypes
+    ir, ef = net.head_ir.last_layer(ir), net.head_ef.last_layer(ef)
     assert ir.shape == (6, 3, 24) and ef.shape == (6, 3, 12)
     for v, image in enumerate([*views[0], *views[1]]):
         z_ir, z_ef = model.split(net.backbone(image), 0.8)

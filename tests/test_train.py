@@ -77,7 +77,7 @@ def test_a_step_is_the_textbooks_step(folder, method):
         got = train.train_step(run, step, *batch)
 
         views = augment_views(*batch, slow.recipe)
-        s, t = student(views), teacher(views[:1])
+        s, t = ([head.last_layer(unit) for head, unit in zip(net.heads.values(), net(seen))] for net, seen in ((student, views), (teacher, views[:1])))
         loss = textbook(s[0], t[0], centers["ir"], 0.1, 0.04, CROSS_ENTROPY)
         if method == "clever":
             norms = [sum((p**2).sum() for p in head.parameters()) for head in (student.head_ir, student.head_ef)]
