@@ -9,11 +9,13 @@ block, clip and EMA by a loop over parameters; the views image by image through 
 process of its own, so that ours keeps its freed memory and the textbook has what Python starts with; both may use all cores.
 Peak memory is what the first call adds to a process that has its weights and inputs. Beside the rate stands the share of what this machine could
 do: of its rate at a large matrix product in our precision (MFU), or of its rate at copying memory."""
+import atexit
 import contextlib
 import io
 import json
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -24,8 +26,9 @@ from typing import Callable, NamedTuple
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+import torchvision
 import torchvision.transforms as T
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 from torchvision.transforms.functional import to_pil_image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -48,6 +51,7 @@ from probe import choose_device, choose_precision
 class BenchConfig:
     """Knobs of bench.py."""
     rows: str = ""        # only rows whose name contains this
+    data: str = ""        # folder of JPEGs for the end-to-end row; without one they are made
     repeats: int = 7      # of each side, after one warm-up; the medians are compared
     device: str = "auto"
     json: str = ""        # also write the rows to this file
@@ -190,6 +194,61 @@ def views_row(recipe, n=8):
             must_agree(f"pixels' {name}", a + 5, b + 5, 0.05)  # means lie near 0: an absolute tolerance of a quarter of a std
 
     return Row(on_one_core(ours), on_one_core(textbook), n, check)
+
+
+# ------------------------------------------------------------------------------------------------ from JPEGs to weights
+
+
+def end_to_end_row(device, folder, arch="vit_micro", batch=16, steps=2, n=64):
+    """CAug+ from JPEG files to a new student, two loading processes on a CPU, all cores but one on a GPU's host; textbook: Pillow, torchvision's
+    transforms image by image, textbook_step. Without bench.py's --data the files are soft noise of 440 x 440."""
+    if not folder:
+        folder, noise = tempfile.mkdtemp(), torch.rand(n, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+        for i, image in enumerate((F.interpolate(noise, size=(440, 440), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)):
+            torchvision.io.write_jpeg(image, os.path.join(folder, f"{i}.jpg"), quality=90)
+        atexit.register(shutil.rmtree, folder)
+    images, workers = data.open_images(folder, "train"), 2 if device.type == "cpu" else os.cpu_count() - 1
+    knobs = dict(arch=arch, patch_size=16, batch_size=batch, out_dim=4096, recipe="caug+", warmup_epochs=0, freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch,
+                 device=device.type, workers=workers)
+    ours, slow = (train.make_run(Config(precision=precision, drop_path=0.0, **knobs), 1000, device) for precision in ("auto", "fp32"))
+    slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
+    dataset = _Transformed([images.name(i) for i in range(len(images))], textbook_views(RECIPES["caug+"]))
+    batches = [[i % len(images) for i in range(start, start + batch)] for start in range(0, 10**5, batch)]
+    streams = {}  # each side's loader, started at its first call and kept
+
+    def run_ours():
+        stream = streams.setdefault("ours", iter(data.train_loader(data.subset(images, torch.arange(10**5) % len(images)), ours.config, 0, 10**4, 0, 1, device)))
+        for _ in range(steps):
+            logged = train.train_step(ours, 1, *next(stream)[:3])
+        return logged["loss"].item()
+
+    def textbook():
+        stream = streams.setdefault("textbook", iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers)))
+        for _ in range(steps):
+            loss = textbook_step(slow, [views.transpose(0, 1).to(device) for views in next(stream)])
+        return loss.item()
+
+    def check():  # the views differ by draw (views_row compares them, step_row the steps); K prototypes of a fresh head: a loss near ln K either way
+        must_agree("loss", run_ours(), textbook(), 0.1)
+        streams.clear()
+
+    return Row(run_ours, textbook, batch * steps, check)
+
+
+class _Transformed(torch.utils.data.Dataset):
+    """The published scripts' way: open with Pillow, then each transform for each crop."""
+
+    def __init__(self, paths, transforms):
+        self.paths, self.transforms = paths, transforms
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        with Image.open(self.paths[i]) as file:
+            picture = file.convert("RGB")
+        views = [transform(picture) for transform in self.transforms]
+        return torch.stack(views[:2]), torch.stack(views[2:])
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -342,22 +401,23 @@ def labels_row(device, h=30, w=52, dim=384, radius=12, topk=5, temperature=0.1):
     return Row(ours, textbook, 1, lambda: must_agree("1 + the largest difference of labels", 1 + (ours() - textbook()).abs().max().item(), 1.0, 1e-3))
 
 
-ROWS = {
-    "step vit_tiny/8, 2x64+8x32, batch 32, K 4096": lambda device: step_row(device, "vit_tiny", 8, 64, 32, 32, 4096),
-    "step vit_tiny/16, 2x224+8x96, batch 8, K 65536": lambda device: step_row(device, "vit_tiny", 16, 224, 96, 8, 65536),
-    "step resnet18, 2x224+8x96, batch 4, K 65536": lambda device: step_row(device, "resnet18", 16, 224, 96, 4, 65536),
-    "views BAug, one core": lambda device: views_row("baug"),
-    "views CAug, one core": lambda device: views_row("caug"),
-    "views CAug+, one core": lambda device: views_row("caug+"),
-    "step vit_small/16, 2x224+8x96, batch 4, K 65536": lambda device: step_row(device, "vit_small", 16, 224, 96, 4, 65536),
-    "step resnet50, 2x224+8x96, batch 2, K 65536": lambda device: step_row(device, "resnet50", 16, 224, 96, 2, 65536),
-    "step vmamba_micro, 2x64+8x32, batch 4, K 4096": lambda device: step_row(device, "vmamba_micro", 16, 64, 32, 4, 4096),
-    "loss and last layers, 10 views, batch 64, K 65536": lambda device: loss_row(device),
-    "selective scan (2, 384, 3136), N 1": lambda device: scan_row(device),
-    "vmamba_tiny at 224, forward + backward": lambda device: vmamba_row(device),
-    "features, vit_micro/8 at 64 px": lambda device: features_row(device),
-    "label propagation, 30x52 patches of 8 frames": lambda device: labels_row(device),
-    "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda device: linear_row(device),
+ROWS = {  # name -> the Row, of a device and a folder of JPEGs
+    "step vit_tiny/8, 2x64+8x32, batch 32, K 4096": lambda device, _: step_row(device, "vit_tiny", 8, 64, 32, 32, 4096),
+    "step vit_tiny/16, 2x224+8x96, batch 8, K 65536": lambda device, _: step_row(device, "vit_tiny", 16, 224, 96, 8, 65536),
+    "step resnet18, 2x224+8x96, batch 4, K 65536": lambda device, _: step_row(device, "resnet18", 16, 224, 96, 4, 65536),
+    "views BAug, one core": lambda device, _: views_row("baug"),
+    "views CAug, one core": lambda device, _: views_row("caug"),
+    "views CAug+, one core": lambda device, _: views_row("caug+"),
+    "step vit_small/16, 2x224+8x96, batch 4, K 65536": lambda device, _: step_row(device, "vit_small", 16, 224, 96, 4, 65536),
+    "step resnet50, 2x224+8x96, batch 2, K 65536": lambda device, _: step_row(device, "resnet50", 16, 224, 96, 2, 65536),
+    "step vmamba_micro, 2x64+8x32, batch 4, K 4096": lambda device, _: step_row(device, "vmamba_micro", 16, 64, 32, 4, 4096),
+    "JPEG to weights, vit_micro/16, CAug+, batch 16": lambda device, folder: end_to_end_row(device, folder),
+    "loss and last layers, 10 views, batch 64, K 65536": lambda device, _: loss_row(device),
+    "selective scan (2, 384, 3136), N 1": lambda device, _: scan_row(device),
+    "vmamba_tiny at 224, forward + backward": lambda device, _: vmamba_row(device),
+    "features, vit_micro/8 at 64 px": lambda device, _: features_row(device),
+    "label propagation, 30x52 patches of 8 frames": lambda device, _: labels_row(device),
+    "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda device, _: linear_row(device),
 }
 
 
@@ -369,12 +429,12 @@ def table_line(row):
     return f"| {row['row']:49} | " + " | ".join(f"{cell:22}" for cell in cells) + f" | {row['ratio']:.2f}x | {memory:>14} | {limit:>4} |"
 
 
-def side_of(name, side, device, pipe):
+def side_of(name, side, device, folder, pipe):
     """One side of a row in its own process: for each message that comes, makes one call and answers (seconds, MB that the call added at its peak)."""
     if side == "ours" and device.type == "cpu":
         probe.keep_freed_memory()
     choose_precision("auto", device)
-    call = getattr(ROWS[name](device), side)
+    call = getattr(ROWS[name](device, folder), side)
     pipe.send("ready")
     while pipe.recv():
         start_of_peak(device)
@@ -447,27 +507,25 @@ def main(argv):
     print(f"| {'images per second':49} | {'textbook':22} | {'ours':22} | ratio | MB, both sides | limit |\n|---|--:|--:|--:|--:|--:|", flush=True)
     table, start_process = [], multiprocessing.get_context("spawn")
     for name, make in chosen.items():
-        row = make(device)
+        row = make(device, config.data)
         row.check()
         needs = count_flops(row.ours) / most["flops"] if row.flops else row.bytes / most["bytes"]  # seconds that a call takes at least
         images = row.images
         del row
-        sides = {}
-        for side in ("textbook", "ours"):
-            pipe, other_end = start_process.Pipe()
-            process = start_process.Process(target=side_of, args=(name, side, device, other_end), daemon=True)
-            process.start()
-            pipe.recv()
-            sides[side] = pipe
-        seen = {side: [] for side in sides}
-        for _ in tqdm(range(config.repeats + 1), desc=name, leave=False):
-            for side, pipe in sides.items():
-                pipe.send(True)
-                seen[side].append(pipe.recv())
-        result = {"row": name}
-        for side, pipe in sides.items():
-            pipe.send(False)
-            (_, peak), *calls = seen[side]  # the first is the warm-up
+        sides, seen, result = {}, {"textbook": [], "ours": []}, {"row": name}
+        try:
+            for side in seen:
+                sides[side], other_end = start_process.Pipe()
+                start_process.Process(target=side_of, args=(name, side, device, config.data, other_end)).start()
+                sides[side].recv()
+            for _ in tqdm(range(config.repeats + 1), desc=name, leave=False):
+                for side, pipe in sides.items():
+                    pipe.send(True)
+                    seen[side].append(pipe.recv())
+        finally:
+            for pipe in sides.values():
+                pipe.send(False)
+        for side, ((_, peak), *calls) in seen.items():  # the first is the warm-up
             rates = [images / seconds for seconds, _ in calls]
             quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
             result |= {side: statistics.median(rates), f"{side}_quartiles": [quartiles[0], quartiles[2]], f"{side}_MB": peak}

@@ -59,6 +59,7 @@ class Config:
     download: bool = False            # fetch a torchvision data set that is not there
     classes: str = ""                 # file with a class (folder) name a line: use these only
     workers: int = 8                  # loading processes per rank
+    cache: str = "off"                # 'ram': decode every image once and keep it (each rank does); for data sets that fit
     # the optimisation
     optimizer: str = "adamw"          # 'adamw' (scripts) or 'sgd' with momentum 0.9 (the paper's text; set lr=1e-3 with it)
     epochs: int = 200
@@ -98,7 +99,7 @@ class Config:
             raise UsageError(f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: lower it")
 
 
-CHOICES = dict(cut=("last", "every"), protocol=("paper", "fast"), scan=("auto", "triton", "torch", "loop"), mode=("finetune", "linear"),
+CHOICES = dict(cache=("off", "ram"), cut=("last", "every"), protocol=("paper", "fast"), scan=("auto", "triton", "torch", "loop"), mode=("finetune", "linear"),
                method=("clever", "dino", "ddcl", "simsiam"), orth=("dot", "cosine"), recipe=("baug", "caug", "caug+"), optimizer=("adamw", "sgd"),
                device=("auto", "cpu", "cuda"), precision=("auto", "bf16", "fp32"))
 _inf = float("inf")

@@ -6,6 +6,9 @@
 import functools
 import math
 import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -15,6 +18,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 from augment import center_crop, crop_views, random_crops
 from configurator import UsageError, nearest
@@ -244,6 +248,34 @@ def _memory_images(pixels, labels, classes, name):
 # ------------------------------------------------------------------------------------------------ subsets
 
 
+def in_memory(images, what, threads):
+    """The same images, decoded once and kept, of broken ones the reason; loading processes share them. UsageError where they would not fit.
+
+    what: what to call them in a message."""
+    sample = range(0, len(images), max(1, len(images) // 64))
+    sizes = [image.numel() for image in map(functools.partial(_read_or_reason, images.read), sample) if not isinstance(image, str)]
+    needed, free = len(images) * sum(sizes) / max(len(sizes), 1), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * free:
+        raise UsageError(f"cache=ram: {what} decoded take about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: leave --cache=ram away")
+    with ThreadPoolExecutor(max(1, threads)) as pool:  # decoders do not hold Python's lock
+        kept = list(tqdm(pool.map(functools.partial(_read_or_reason, images.read), range(len(images))), total=len(images), desc=f"decoding {what}", leave=False,
+                         disable=dist.is_initialized() and dist.get_rank() > 0))
+    return Images(functools.partial(_kept, kept), images.labels, images.classes, images.name)
+
+
+def _read_or_reason(read, i):
+    try:
+        return read(i)
+    except UNREADABLE as error:
+        return reason(error)
+
+
+def _kept(kept, i):
+    if isinstance(kept[i], str):
+        raise OSError(kept[i])
+    return kept[i]
+
+
 def subset(images, indices):
     """The Images at `indices`, in that order."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
@@ -470,7 +502,22 @@ def _collate(samples):
 
 def _loader(images, seed, make, batches, workers, device):
     return torch.utils.data.DataLoader(_Samples(images, seed, make), batch_sampler=batches, num_workers=workers, collate_fn=_collate,
-                                       pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+                                       pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None, worker_init_fn=_outlast_the_notice)
+
+
+def _outlast_the_notice(_):
+    """Ctrl-C and a cluster's SIGTERM reach every process of a job; but the step under way still needs its loading workers, so these end at
+    their parent's word alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_parent, daemon=True).start()
+
+
+def _obey_the_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _make_center(image, key_, size):

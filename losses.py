@@ -173,7 +173,8 @@ def update_center(center, teacher_mean, momentum=0.9):
     """center (K,) <- momentum * center + (1 - momentum) * mean over ranks of teacher_mean (K,); in place (DINO eq. 4).
 
     teacher_mean: the teacher's raw logits, averaged over its two views and the images."""
-    center.lerp_(mean_over_ranks(teacher_mean), 1 - momentum)
+    mean = mean_over_ranks(teacher_mean)
+    center.lerp_(torch.where(mean.isfinite().all(), mean, center), 1 - momentum)  # of a step that is skipped it learns nothing
 
 
 def mean_over_ranks(x):

@@ -238,6 +238,12 @@ def join_processes(device):
     return *rank_and_world(), device
 
 
+@functools.cache
+def host_group():
+    """The process group through which ranks agree on what the hosts know, without waiting for a device: None, the default one, where that is gloo."""
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+
+
 def leave_processes():
     if dist.is_initialized():
         dist.barrier()

@@ -8,11 +8,14 @@ The same command started again continues where the last checkpoint is. A run wri
 (the teacher's backbone alone), log.jsonl, config.json, views.png (what the network sees).
 """
 import ast
+import atexit
 import copy
+import fcntl
 import glob
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -20,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Callable
 
 import torch
+import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
@@ -32,7 +36,8 @@ from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
 from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, split, synchronise_batch_norm
 
-MAY_CHANGE = ("out_dir", "workers", "max_batch_per_gpu", "loss_images", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
+MAY_CHANGE = ("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_images", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
+MOST_SKIPPED = 3  # steps in a row whose gradients are not finite before a run stops
 
 # ------------------------------------------------------------------------------------------------ schedules: functions of the step
 
@@ -72,6 +77,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     centers: dict                     # head -> centre (K,); empty where there is no teacher
     recipe: tuple                     # augment.Recipe
+    skipped: torch.Tensor             # (2,) int64: steps skipped so far, and in a row up to now, because a gradient was not finite
 
 
 def distil(run, step, views, draws):
@@ -133,8 +139,11 @@ def train_step(run, step, global_crops, local_crops, keys):
         for name, value in {"loss": loss, **terms, **more}.items():
             logged[name] = logged.get(name, 0) + value.detach() / len(parts)
 
-    # student by gradient: each parameter's clipped on its own, prototypes frozen at first
-    clip_each(run.network.parameters(), config.clip)
+    # student by gradient: each parameter's clipped on its own, prototypes frozen at first; nothing moves where one is not finite
+    finite = clip_each(run.network.parameters(), config.clip)
+    run.optimizer.found_inf = (~finite).float()  # torch's sign to its fused optimisers to skip this step, without waiting for the device
+    run.skipped[0] += ~finite
+    run.skipped[1] = (run.skipped[1] + 1) * ~finite
     if step < config.freeze_last_layer * run.steps_per_epoch and run.centers:
         for head in run.network.heads.values():
             head.last_layer.weight_v.grad = None
@@ -160,7 +169,7 @@ def views_of(run, global_crops, local_crops, keys):
 
 
 def is_logged(step, run):
-    """Every log_every steps, and before each checkpoint: so nothing but finite losses is saved, and a resumed run logs the same averages."""
+    """Every log_every steps, and before each checkpoint: so a resumed run logs the same averages."""
     return step % run.config.log_every == 0 or is_saved(step, run)
 
 
@@ -189,11 +198,13 @@ def drop_path_draws(backbone, views, keys, rate):
 
 @torch.no_grad()
 def clip_each(parameters, max_norm):
-    """Scale each parameter's gradient, on its own, to a norm of at most max_norm (DINO's clip; 0: off)."""
+    """Scale each parameter's gradient, on its own, to a norm of at most max_norm (DINO's clip; 0: off) -> whether all of them are finite, a
+    0-dim tensor, the same on every rank, for gradients have been averaged over ranks."""
     gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
     if max_norm:
-        norms = torch.stack(torch._foreach_norm(gradients))
         torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1).unbind()))
+    return norms.isfinite().all()
 
 
 @torch.no_grad()
@@ -238,7 +249,7 @@ def make_run(config, steps_per_epoch, device, world=1):
     switched_off = {name: (0.0, 0.0, 0.0) for name in ("blur", "solarize") if not getattr(config, name)}
     _, autocast = probe.choose_precision(config.precision, device)
     return Run(config, steps_per_epoch, device, autocast, student, network, teacher, make_optimizer(network, config), centers,
-               RECIPES[config.recipe]._replace(**switched_off))
+               RECIPES[config.recipe]._replace(**switched_off), torch.zeros(2, dtype=torch.int64, device=device))
 
 
 def make_optimizer(network, config):
@@ -246,16 +257,23 @@ def make_optimizer(network, config):
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     matrices = [name for name, p in trained.items() if p.ndim > 1 and not name.endswith(vmamba.NO_DECAY)]
     groups = [dict(params=[trained[name] for name in matrices], decays=True), dict(params=[p for name, p in trained.items() if name not in matrices], decays=False)]
-    return torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(groups, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
+    for p in trained.values():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)  # torch leaves them unset where the first step is skipped
+    return optimizer
 
 
 def save(run, step, n_images):
     """ckpt.pt: all that the next step depends on, tensors and plain types; backbone.pt: the teacher's backbone for timm or torchvision.
 
-    Weights that are not finite are not saved: UsageError, and the file keeps the last good state."""
+    Weights that are not finite are not saved: UsageError, and the file keeps the last good state. OSError where the disk refuses: likewise."""
     path = os.path.join(run.config.out_dir, "ckpt.pt")
-    if not torch.stack(torch._foreach_norm(list(run.network.parameters()))).isfinite().all():
+    tensors = [x for network in (run.network, run.teacher) for x in (*network.parameters(), *network.buffers()) if x.is_floating_point()]
+    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         raise UsageError(f"the weights are not finite at step {step}: {path} holds the last good state; lower lr, or try precision=fp32")
+    os.makedirs(run.config.out_dir, exist_ok=True)  # someone may have removed it
     save_atomically(dict(config=asdict(run.config), step=step, images=n_images, student=run.network.state_dict(), teacher=run.teacher.state_dict(),
                          optimizer=run.optimizer.state_dict(), centers=run.centers), path)
     save_atomically({name: value.cpu() for name, value in run.teacher.backbone.state_dict().items()}, os.path.join(run.config.out_dir, "backbone.pt"))
@@ -437,6 +455,8 @@ def main(argv):
     if config.batch_size > len(train):
         raise UsageError(f"batch_size={config.batch_size} exceeds the {len(train)} images of {config.data}: lower it" +
                          (f", and start fewer than {world} ranks" if world > len(train) else ""))
+    if config.cache == "ram":
+        train, val = (images and data.in_memory(images, f"{config.data}'s {split} images", config.workers) for split, images in (("train", train), ("val", val)))
     steps_per_epoch = len(train) // config.batch_size
     run = make_run(config, steps_per_epoch, device, world)
     step, total = restore(run, len(train)), config.epochs * steps_per_epoch
@@ -452,6 +472,24 @@ def main(argv):
         keep_log_until(log_path, step or -1)  # a run that starts anew logs step 0 again
     if step == 0:
         log(log_path, main_rank, step=0, epoch=0.0, **collapse_watch(run, train))
+    numbers = {}  # what was last logged
+
+    def judge(step):
+        """At the ends of epochs that are to be evaluated: kNN and collapse watch, to the log and the screen."""
+        epoch = step // steps_per_epoch
+        if step % steps_per_epoch or not (step == total or config.eval_every and epoch % config.eval_every == 0):
+            return
+        judged = evaluate(run, train, val, config.workers)
+        if main_rank and "dot_ef" in judged:
+            judged["share_ef"] = share_of_lengths(first_line(log_path), judged)
+        log(log_path, main_rank, step=step, epoch=step / steps_per_epoch, **judged)
+        if main_rank:
+            tqdm.write(f"epoch {epoch}: " + "  ".join(f"{name} {value:.3g}" for name, value in judged.items() if name.startswith(("knn", "rank_", "norm"))))
+            for warning in collapse_warnings(numbers | judged, config):
+                tqdm.write(f"WARNING: {warning}")
+
+    if step and not was_judged(log_path, step, device):  # the run ended between a checkpoint and its evaluation
+        judge(step)
     if step == total:
         if main_rank:
             print(f"{config.out_dir} is finished: nothing to train. Raise --epochs only with another --out_dir, for it changes the whole schedule")
@@ -459,7 +497,7 @@ def main(argv):
         return probe.leave_processes()
 
     loader = data.train_loader(train, config, step, total, rank, world, device)
-    broken_files, sums, numbers = data.BrokenFiles(len(train)), {}, {}
+    broken_files, sums, notices = data.BrokenFiles(len(train)), {}, notices_of_the_end()
     bar = tqdm(total=total, initial=step, disable=not main_rank, unit="step", smoothing=0.1, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     waited, since, batches = 0.0, time.perf_counter(), iter(loader)
@@ -471,12 +509,12 @@ def main(argv):
         for name, value in train_step(run, step, global_crops, local_crops, keys).items():
             sums[name] = (*sums.get(name, ()), value)
 
-        done, epoch_ends = step + 1, (step + 1) % steps_per_epoch == 0
-        if is_logged(step, run):
+        done, notice = step + 1, notice_to_any(notices)
+        if is_logged(step, run) or notice:
             numbers = average_over_ranks(sums)
-            if not math.isfinite(numbers["loss"]):
-                raise UsageError(f"the loss is {numbers['loss']} at step {step}: {config.out_dir}/ckpt.pt holds the last good state; lower lr, or try precision=fp32")
+            refuse_steps_in_vain(run, step, train)
             seconds, images = time.perf_counter() - since, len(sums["loss"]) * config.batch_size
+            numbers |= dict(skipped=run.skipped[0].item()) if run.skipped[0] else {}
             numbers |= dict(lr=learning_rate(step, config, steps_per_epoch), img_per_s=images / seconds, data_wait=waited / seconds)
             log(log_path, main_rank, step=done, epoch=done / steps_per_epoch, **numbers)
             bar.set_postfix_str(f"{'  '.join(f'{k} {v:.4g}' for k, v in numbers.items() if k[0] in 'lL')}  {numbers['img_per_s']:.0f} img/s  "
@@ -484,19 +522,15 @@ def main(argv):
             sums, waited, since = {}, 0.0, time.perf_counter()
         bar.update()
 
-        if epoch_ends and (done == total or config.eval_every and (done // steps_per_epoch) % config.eval_every == 0):
-            judged = evaluate(run, train, val, config.workers)
-            if main_rank and "dot_ef" in judged:
-                judged["share_ef"] = share_of_lengths(first_line(log_path), judged)
-            log(log_path, main_rank, step=done, epoch=done / steps_per_epoch, **judged)
-            if main_rank:
-                bar.write(f"epoch {done // steps_per_epoch}: " + "  ".join(f"{name} {value:.3g}" for name, value in judged.items() if name.startswith(("knn", "rank_", "norm"))))
-                for warning in collapse_warnings(numbers | judged, config):
-                    bar.write(f"WARNING: {warning}")
-            since = time.perf_counter()
-        if main_rank and is_saved(step, run):
-            save(run, done, len(train))
+        if main_rank and (is_saved(step, run) or notice):
+            try_to_save(run, done, len(train), bar.write, is_last=done == total or notice)
+        if notice:
+            bar.close()
+            stop_at(notice, done, config, main_rank)
+        judge(done)
+        since = time.perf_counter() if done % steps_per_epoch == 0 else since
     bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved
     finish(run, train, val, main_rank)
     probe.leave_processes()
 
@@ -511,13 +545,19 @@ def greeting():
 
 
 def prepare_out_dir(config, step):
-    """Make out_dir and write config.json; UsageError if another run lives there or it cannot be written."""
+    """Make out_dir, lock it and write config.json; UsageError if another run lives or works there, or it cannot be written."""
     path = os.path.join(config.out_dir, "config.json")
     if os.path.exists(path) and step == 0:
         with open(path) as file:
             refuse_other_config(json.load(file), config)
     try:
         os.makedirs(config.out_dir, exist_ok=True)
+        lock = open(os.path.join(config.out_dir, ".lock"), "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when this process ends, however it ends,
+            atexit.register(lock.close)                       # or when nothing refers to the file any more
+        except BlockingIOError:
+            raise UsageError(f"out_dir={config.out_dir}: another run is at work there; wait for its end, or choose another") from None
         with open(path + ".partial", "w") as file:
             json.dump(asdict(config), file, indent=1)
         os.replace(path + ".partial", path)
@@ -526,20 +566,90 @@ def prepare_out_dir(config, step):
 
 
 def average_over_ranks(sums):
-    """{name: tuple of 0-dim tensors} -> {name: their mean over steps and ranks}, the only place of the loop that waits for the device."""
-    means = losses.mean_over_ranks(torch.stack([torch.stack(values).mean() for values in sums.values()]))
+    """{name: tuple of 0-dim tensors} -> {name: their mean over finite steps and ranks}, the only place of the loop that waits for the device."""
+    means = losses.mean_over_ranks(torch.stack([torch.stack(values).nan_to_num(math.nan, math.nan, math.nan).nanmean() for values in sums.values()]))
     return dict(zip(sums, means.tolist()))
 
 
-def log(path, main_rank, **numbers):
+def refuse_steps_in_vain(run, step, train):
+    """UsageError, on every rank at once, where the last MOST_SKIPPED steps or more have been skipped: their gradients were not finite."""
+    in_a_row = run.skipped[1].item()
+    if in_a_row < MOST_SKIPPED:
+        return
+    first = step + 1 - in_a_row
+    [samples] = data.Schedule(len(train), run.config.batch_size, run.config.seed, first, first + 1)
+    raise UsageError(f"steps {first} to {step}: no gradient was finite, all were skipped; step {first} saw samples {', '.join(str(i) for _, i in samples[:8])} ...; "
+                     f"{run.config.out_dir}/ckpt.pt holds the last good state; lower lr, or try precision=fp32")
+
+
+# ------------------------------------------------------------------------------------------------ the end, whatever brings it
+
+
+def notices_of_the_end():
+    """-> a list that fills with the signals that ask this process to end: SIGTERM (Slurm, torchrun), SIGINT (Ctrl-C). A second one of a kind ends it at once."""
+    notices = []
+
+    def note(number, _):
+        signal.signal(number, signal.SIG_DFL)
+        notices.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return notices
+
+
+def notice_to_any(notices):
+    """The signal that any rank was sent, 0 if none was; the same answer on all ranks, after the same step."""
+    number = notices[0] if notices else 0
+    if not dist.is_initialized():
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=probe.host_group())  # between the hosts' processes: the device need not be waited for
+    return numbers.item()
+
+
+def stop_at(notice, step, config, main_rank):
+    """Leave after a checkpoint, with the exit code that tells the signal: 143 of SIGTERM, 130 of SIGINT."""
     if main_rank:
-        with open(path, "a") as file:
-            file.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}) + "\n")
+        print(f"stopped by {signal.Signals(notice).name} after step {step}; the same command continues from there", file=sys.stderr, flush=True)
+    probe.leave_processes()
+    sys.exit(128 + notice)
+
+
+def try_to_save(run, step, n_images, say, is_last):
+    """save(); where the disk refuses, say so and go on, for the next interval may find it mended. UsageError where there is no next."""
+    try:
+        save(run, step, n_images)
+    except OSError as error:
+        problem = f"no checkpoint after step {step}: {run.config.out_dir}: {error.strerror or error}"
+        if is_last:
+            raise UsageError(f"{problem}; make room, then the same command continues from the last one") from None
+        say(f"WARNING: {problem}; the last good one stands, the next is tried in its turn")
+
+
+def log(path, main_rank, **numbers):
+    """A line of log.jsonl; where the disk refuses, the run goes on without it."""
+    if main_rank:
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)  # someone may have removed it
+            with open(path, "a") as file:
+                file.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}) + "\n")
+        except OSError as error:
+            tqdm.write(f"WARNING: step {numbers['step']} is not in {path}: {error.strerror}")
 
 
 def first_line(path):
     with open(path) as file:
         return json.loads(file.readline())
+
+
+def was_judged(path, step, device):
+    """Whether the log holds the evaluation after `step`; the same answer on all ranks."""
+    found = False
+    if os.path.exists(path):
+        with open(path) as file:
+            found = any(line["step"] == step and "std_full" in line for line in map(json.loads, file))
+    return losses.mean_over_ranks(torch.tensor(float(found), device=device)).item() > 0
 
 
 def finish(run, train, val, main_rank):

@@ -22,6 +22,7 @@ TINY = dict(arch="vit_micro", patch_size=8, img_size=32, local_size=16, local_cr
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, loudly, where there is none")
+    config.addinivalue_line("markers", "faults: what can spoil a run, injected; ten minutes on two cores")
 
 
 def pytest_collection_modifyitems(items):

@@ -80,6 +80,20 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
     assert len(said) == 1 and name in said[0]
 
 
+def test_images_kept_in_memory_are_the_same_and_must_fit(tmp_path, monkeypatch):
+    images = data.open_images(str(make_tree(tmp_path / "tree", 12, ["zero.jpg"])), "train")
+    kept = data.in_memory(images, "images", 2)
+    (bad,) = [i for i in range(13) if "zero" in images.name(i)]
+    for i in set(range(13)) - {bad}:
+        assert torch.equal(kept.read(i), images.read(i)) and kept.read(i) is kept.read(i)
+    with pytest.raises(data.UNREADABLE) as error:
+        kept.read(bad)
+    assert kept.name(bad) == images.name(bad) and str(error.value)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(UsageError, match="take about .* GB, .* are free: leave --cache=ram away"):
+        data.in_memory(images, "images", 2)
+
+
 def test_more_than_one_percent_broken_stops(tmp_path):
     images = data.open_images(str(make_tree(tmp_path / "tree", 20, ["zero.jpg"])), "train")
     *_, broken = next(iter(data.train_loader(images, tiny_config(batch_size=21), 0, 1, 0, 1, CPU)))
