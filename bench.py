@@ -431,6 +431,7 @@ def table_line(row):
 
 def side_of(name, side, device, folder, pipe):
     """One side of a row in its own process: for each message that comes, makes one call and answers (seconds, MB that the call added at its peak)."""
+    multiprocessing.set_start_method("fork", force=True)  # for loading workers; a spawned process would spawn them
     if side == "ours" and device.type == "cpu":
         probe.keep_freed_memory()
     choose_precision("auto", device)
@@ -524,7 +525,8 @@ def main(argv):
                     seen[side].append(pipe.recv())
         finally:
             for pipe in sides.values():
-                pipe.send(False)
+                with contextlib.suppress(OSError):  # one of them may have died
+                    pipe.send(False)
         for side, ((_, peak), *calls) in seen.items():  # the first is the warm-up
             rates = [images / seconds for seconds, _ in calls]
             quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3

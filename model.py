@@ -1,5 +1,6 @@
 """Backbones, the split, the heads, the network that student and teacher both are, and reading and writing their weights."""
 import argparse
+import contextlib
 import math
 import os
 import pickle
@@ -326,13 +327,19 @@ def build_network(config):
 
 
 def save_atomically(obj, path):
-    """torch.save that leaves at `path` the old file or the new one, whole, whatever happens meanwhile."""
+    """torch.save that leaves at `path` the old file or the new one, whole, whatever happens meanwhile. OSError where the disk refuses."""
     partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # it may be what fills the disk
+        refused = error if isinstance(error, OSError) else error.__context__  # torch says "unexpected pos", in place of what the system said
+        raise refused if isinstance(refused, OSError) else error
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)  # the rename itself must reach the disk
     os.close(folder)

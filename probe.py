@@ -234,7 +234,10 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):  # on one machine: torchrun's restarted ranks would else find the dead ones' addresses
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return *rank_and_world(), device
 
 

@@ -480,8 +480,9 @@ def main(argv):
         if step % steps_per_epoch or not (step == total or config.eval_every and epoch % config.eval_every == 0):
             return
         judged = evaluate(run, train, val, config.workers)
-        if main_rank and "dot_ef" in judged:
-            judged["share_ef"] = share_of_lengths(first_line(log_path), judged)
+        first = first_line(log_path) if main_rank else {}
+        if "dot_ef" in judged and "dot_ef" in first:
+            judged["share_ef"] = share_of_lengths(first, judged)
         log(log_path, main_rank, step=step, epoch=step / steps_per_epoch, **judged)
         if main_rank:
             tqdm.write(f"epoch {epoch}: " + "  ".join(f"{name} {value:.3g}" for name, value in judged.items() if name.startswith(("knn", "rank_", "norm"))))
@@ -639,6 +640,9 @@ def log(path, main_rank, **numbers):
 
 
 def first_line(path):
+    """Of the log, {} where someone has removed it."""
+    if not os.path.exists(path):
+        return {}
     with open(path) as file:
         return json.loads(file.readline())
 

@@ -3,7 +3,7 @@
     nan:FROM:TO[:RANK]     the views of those steps are not finite, on one rank
     term:STEP              SIGTERM to this process during that step
     kill:STEP:RANK         SIGKILL to that rank during that step, the first time only
-    full:FROM:TO           the disk takes no more than a few bytes a file from one step to the other
+    full:FROM:TO           no file may grow beyond a few bytes from one step to the other (let no epoch end between them: loading workers would inherit it)
     gone:STEP              someone removes out_dir
     die:CALL:N             SIGKILL at the N-th call of os.replace, os.fsync or torch.save's write, that is in the middle of a checkpoint
 """
@@ -40,7 +40,7 @@ def inject(fault):
 
     def views(*arguments):
         result = views_of(*arguments)
-        if kind == "nan" and int(numbers[0]) <= step_of[0] < int(numbers[1]) and rank == int((*numbers, 0)[2]):
+        if kind == "nan" and step_of[0] is not None and int(numbers[0]) <= step_of[0] < int(numbers[1]) and rank == int((*numbers, 0)[2]):
             result = [view * float("inf") for view in result]
         return result
 

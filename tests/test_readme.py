@@ -1,6 +1,8 @@
 """The README keeps its word: quoted lines stand in the code, tables are those of results/."""
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +48,14 @@ def test_the_commands_are_those_of_ci():
 def test_every_module_and_config_is_named():
     for path in ROOT.glob("*.py"):
         assert f"`{path.name}`" in README, path.name
+
+
+def test_the_sweeps_lines_print_the_collapse_table():
+    """The README's own lines, run on the kept logs, print the README's table."""
+    script = re.search(r"^python - out/ratio/\* <<'EOF'\n(.*?)^EOF$", README, re.M | re.S).group(1)
+    folders = [f"results/collapse/{name}" for name in ("ddcl", "ddcl_preg", "clever_lam0", "clever")]
+    done = subprocess.run([sys.executable, "-", *folders], input=script, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + 2 * len(folders) and len(script.splitlines()) <= 10
+    for line in lines:
+        assert line in README, line
