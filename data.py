@@ -180,12 +180,20 @@ def _cub_archive(folder, split):
     paths, labels, is_train = tables
     if not paths.keys() == labels.keys() == is_train.keys() or not set(is_train.values()) <= {"0", "1"} or not all(map(str.isdigit, labels.values())):
         raise UsageError(f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt do not fit together; unpack the archive again")
+    must_stay_inside(paths.values(), folder / "images.txt")
     of_label = {int(labels[i]): os.path.dirname(paths[i]) for i in paths}  # 1 -> 001.Black_footed_Albatross
     numbers = sorted(of_label)
     chosen = [i for i in paths if is_train[i] == ("1" if split == "train" else "0")]
     files = [str(folder / "images" / paths[i]) for i in chosen]
     _must_exist(files, f"data={folder}")
     return _file_images(files, [numbers.index(int(labels[i])) for i in chosen], [of_label[n] for n in numbers])
+
+
+def must_stay_inside(names, listed):
+    """UsageError where a name from the list `listed` leads out of the folder that it is meant for."""
+    for name in names:
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UsageError(f"{listed}: {name} leads out of its folder; unpack the archive again")
 
 
 def _must_exist(paths, what):

@@ -363,6 +363,7 @@ def davis_videos(folder):
     if not frames.is_dir():
         raise UsageError(f"data={folder}: no {frames}; give the folder that holds DAVIS's JPEGImages, Annotations and ImageSets")
     names = listed.read_text().split() if listed.is_file() else sorted(entry.name for entry in frames.iterdir() if entry.is_dir())
+    data.must_stay_inside(names, listed)  # masks will be written under these names
     videos = []
     for name in names:
         paths = sorted(path for path in (frames / name).glob("*") if path.suffix.lower() in data.EXTENSIONS)

@@ -53,17 +53,22 @@ PAIRS = {"cross-entropy": _cross_entropy, "dot": _dot, "cosine": _cosine}
 
 
 class _Known(torch.autograd.Function):
-    """value -> value, whose gradients by `inputs` have been found together with it."""
+    """value -> value, whose gradients by `inputs` have been found together with it; `once`: hand them on at the first backward, for they are large."""
 
     @staticmethod
-    def forward(ctx, value, gradients, *inputs):
-        ctx.gradients = gradients
+    def forward(ctx, value, gradients, once, *inputs):
+        ctx.gradients, ctx.once = gradients, once
         return value.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, outer):
-        gradients, ctx.gradients = ctx.gradients, ()  # handed on, not copied: they are large, and a second backward is refused for want of them
-        return None, None, *(gradient.mul_(outer) for gradient in gradients)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of against_prototypes serve one backward only")
+        gradients = [gradient.mul_(outer) if ctx.once else gradient * outer for gradient in ctx.gradients]
+        if ctx.once:
+            ctx.gradients = None
+        return None, None, None, *gradients
 
 
 def _teacher_probabilities(teacher, center, temp):
@@ -76,12 +81,7 @@ def _mean_over_pairs(kind, student, teacher, center, student_temp, teacher_temp)
     with torch.no_grad():
         total, gradient = PAIRS[kind](s, _teacher_probabilities(teacher, center, teacher_temp))
         pairs = (2 * V - 2) * B
-        return _with_gradient(total / pairs, [gradient / pairs], s)
-
-
-def _with_gradient(value, gradients, *inputs):
-    with torch.enable_grad():
-        return _Known.apply(value, gradients, *inputs)
+    return _Known.apply(total / pairs, [gradient / pairs], False, s)
 
 
 def dino_loss(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
@@ -108,7 +108,7 @@ def against_prototypes(kind, student, layer, teacher, teacher_layer, center, stu
     kind 'cross-entropy', 'dot' or 'cosine'; student (V, B, d), teacher (2, B, d): unit vectors in front of the prototypes; layer, teacher_layer:
     model.WeightNormLinear of d -> K; center (K,); images: how many images' logits are held at a time, 0: as many as fill 256 MB, on a CPU
     32 MB -> the loss (scalar), the teacher's mean logits (K,), its mean entropy in nats (at ln K the teacher says nothing,
-    at 0 it is certain). The same as dino_loss or orthogonality of layer(student), teacher_layer(teacher), gradients included."""
+    at 0 it is certain). Its gradients serve one backward. The same as dino_loss or orthogonality of layer(student), teacher_layer(teacher), gradients included."""
     (V, B, _), K, device = student.shape, len(center), student.device
     images = images or max(1, (2**26 if device.type == "cuda" else 2**23) // (V * K))
     pairs, v = (2 * V - 2) * B, layer.weight_v  # (K, d)
@@ -132,7 +132,7 @@ def against_prototypes(kind, student, layer, teacher, teacher_layer, center, stu
             by_student[:, i:i + images] = (gradient @ v).unflatten(0, (V, -1))
             by_v.addmm_(gradient.T, u)
         by_v.addcmul_(v, (along / length.square())[:, None], value=-1)
-        return _with_gradient(total / pairs, [by_student, by_v], student, v), teacher_sum / (2 * B), entropy / (2 * B)
+    return _Known.apply(total / pairs, [by_student, by_v], True, student, v), teacher_sum / (2 * B), entropy / (2 * B)
 
 
 def squared_norm(head):

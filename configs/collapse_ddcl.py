@@ -1,4 +1,4 @@
-"""DDCL without L_PReg: does the ef head buy orthogonality by shrinking? The demo's shapes and network, two views, four minutes on a core.
+"""DDCL without L_PReg: does the ef head buy orthogonality by shrinking? The demo's shapes and network, two views, six minutes on a core.
 
     for c in ddcl ddcl_preg clever_lam0 clever; do python train.py configs/collapse_$c.py; done
 

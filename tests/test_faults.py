@@ -381,6 +381,19 @@ def test_a_mistake_is_one_line_and_runs_nothing(folder, tmp_path, name):
     assert not (tmp_path / "payload_was_run").exists()
 
 
+@pytest.mark.parametrize("name", ["../../secret", "/etc/secret", "a/../../secret"])
+def test_no_list_of_an_archive_leads_out_of_its_folder(tmp_path, name):
+    for file, line in (("images.txt", f"1 {name}.jpg"), ("image_class_labels.txt", "1 1"), ("train_test_split.txt", "1 1")):
+        (tmp_path / file).write_text(line)
+    with pytest.raises(UsageError, match="leads out of its folder"):
+        data.open_images(str(tmp_path), "train")
+    (tmp_path / "JPEGImages" / "480p").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text(f"judo\n{name}\n")
+    with pytest.raises(UsageError, match="leads out of its folder"):
+        eval_seg.davis_videos(str(tmp_path))
+
+
 def test_the_payload_would_run_if_it_were_let_in(tmp_path):
     torch.load(stored(tmp_path / "a.pt", Payload(tmp_path)), weights_only=False)
     assert (tmp_path / "payload_was_run").exists()

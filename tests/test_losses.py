@@ -38,8 +38,10 @@ def test_pair_losses_and_their_gradients_are_the_double_loop_over_pairs(case, vi
     expected = textbook(slow, teacher.double(), center.double(), 0.1, 0.04, term)
     got = ours(fast, teacher, center, 0.1, 0.04)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
-    got.backward(), expected.backward()
+    got.backward(retain_graph=True), expected.backward()
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
+    got.backward()  # as often as one likes
+    torch.testing.assert_close(fast.grad.double(), 2 * slow.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "dot"])
