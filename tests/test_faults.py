@@ -105,7 +105,7 @@ def ranks_of(process):
         return [int(pid) for pid in file.read().split()]
 
 
-@pytest.mark.parametrize("call, number", [("save", 3), ("save", 4), ("fsync", 5), ("replace", 6), ("replace", 8)])
+@pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 6)])
 def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, number):
     knobs = arguments(data=folder, out_dir=tmp_path, **RUN)
     assert ended(launched("tests/inject.py", f"die:{call}:{number}", *knobs))[0] == -signal.SIGKILL

@@ -1,11 +1,6 @@
-"""Training as a user runs it: schedules, one process equals two, killed equals uninterrupted, it learns, mistakes are one line."""
+"""Training as a user runs it: schedules, one process equals two, it continues bit for bit, it learns, mistakes are one line (tests of faults: test_faults.py)."""
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -15,7 +10,7 @@ import losses
 import train
 from augment import augment_views
 from configurator import UsageError
-from conftest import ROOT, arguments, run_script, tiny_config
+from conftest import arguments, run_script, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -176,40 +171,6 @@ def test_two_processes_are_one(folder, tmp_path, knobs):
         assert_same(state(tmp_path / "1")[name], state(tmp_path / "2")[name], rtol=1e-3, atol=2e-5)
     judged = [logged(tmp_path / p, "knn_full") for p in "12"]
     assert len(judged[0]) == 1 and list(judged[0].values()) == pytest.approx(list(judged[1].values()), abs=5)
-
-
-def test_killed_and_started_again_is_uninterrupted(folder, tmp_path):
-    """SIGKILL at moments of chance, mid-epoch and while writing: the end is the same, bit for bit, log included."""
-    command = [sys.executable, "train.py", *arguments(data=folder, epochs=8, save_every=2, log_every=3, drop_path=0.2, eval_every=4, workers=1)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command, f"--out_dir={tmp_path / 'whole'}"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    kills, rng = 0, random.Random(0)
-    for attempt in range(20):
-        process = subprocess.Popen([*command, f"--out_dir={tmp_path / 'cut'}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
-        if kills < 4:
-            target, begun = rng.randrange(3, 8) + 9 * kills, time.time()  # step to be reached
-            while process.poll() is None and time.time() - begun < 120:
-                try:
-                    if max(logged(tmp_path / "cut"), default=0) >= target:
-                        break
-                except (FileNotFoundError, ValueError):
-                    pass
-                time.sleep(0.003)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                process.stderr.close()
-                kills += 1
-                continue
-        assert process.wait() == 0, process.stderr.read()
-        process.stderr.close()
-        break
-    assert kills == 4
-    assert_same(state(tmp_path / "whole"), state(tmp_path / "cut"))
-    for name in ("loss", "L_Orth", "knn_full", "rank_ef"):
-        assert logged(tmp_path / "whole", name) == logged(tmp_path / "cut", name)
 
 
 @pytest.mark.parametrize("method", ["simsiam", "ddcl"])
