@@ -1,6 +1,6 @@
 """How fast, and against what: each row times our path and the textbook's, in turns in one run, after checking that both compute the same.
 
-    python bench.py                    all rows, some fifteen minutes on two CPU cores
+    python bench.py                    all rows, one to two minutes each on two CPU cores
     python bench.py --rows=step        rows whose name contains 'step'
     python bench.py --json=bench.json  also to a file
 
@@ -217,15 +217,17 @@ def end_to_end_row(device, folder, arch="vit_micro", batch=16, steps=2, n=64):
     streams = {}  # each side's loader, started at its first call and kept
 
     def run_ours():
-        stream = streams.setdefault("ours", iter(data.train_loader(data.subset(images, torch.arange(10**5) % len(images)), ours.config, 0, 10**4, 0, 1, device)))
+        if "ours" not in streams:
+            streams["ours"] = iter(data.train_loader(data.subset(images, torch.arange(10**5) % len(images)), ours.config, 0, 10**5 // batch, 0, 1, device))
         for _ in range(steps):
-            logged = train.train_step(ours, 1, *next(stream)[:3])
+            logged = train.train_step(ours, 1, *next(streams["ours"])[:3])
         return logged["loss"].item()
 
     def textbook():
-        stream = streams.setdefault("textbook", iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers)))
+        if "textbook" not in streams:
+            streams["textbook"] = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers))
         for _ in range(steps):
-            loss = textbook_step(slow, [views.transpose(0, 1).to(device) for views in next(stream)])
+            loss = textbook_step(slow, [views.transpose(0, 1).to(device) for views in next(streams["textbook"])])
         return loss.item()
 
     def check():  # the views differ by draw (views_row compares them, step_row the steps); K prototypes of a fresh head: a loss near ln K either way

@@ -120,7 +120,7 @@ def against_prototypes(kind, student, layer, teacher, teacher_layer, center, stu
         for i in range(0, B, images):
             u, t = student[:, i:i + images].flatten(0, 1), teacher_layer(teacher[:, i:i + images])  # (V * b, d), (2, b, K)
             teacher_sum = teacher_sum + t.sum((0, 1))
-            q = t.sub_(center).div_(teacher_temp).softmax(-1)
+            q = _teacher_probabilities(t, center, teacher_temp)
             entropy = entropy + torch.special.entr(q).sum()
             s = (u @ v.T).mul_(scale)                      # (V * b, K), logits / T_s
             term, gradient = PAIRS[kind](s.unflatten(0, (V, -1)), q)

@@ -489,7 +489,7 @@ def main(argv):
             for warning in collapse_warnings(numbers | judged, config):
                 tqdm.write(f"WARNING: {warning}")
 
-    if step and not was_judged(log_path, step, device):  # the run ended between a checkpoint and its evaluation
+    if step and not was_judged(log_path, step, main_rank, device):  # the run ended between a checkpoint and its evaluation
         judge(step)
     if step == total:
         if main_rank:
@@ -513,9 +513,11 @@ def main(argv):
         done, notice = step + 1, notice_to_any(notices)
         if is_logged(step, run) or notice:
             numbers = average_over_ranks(sums)
-            refuse_steps_in_vain(run, step, train)
+            skipped, in_a_row = run.skipped.tolist()
+            if in_a_row >= MOST_SKIPPED:
+                refuse_steps_in_vain(run, step, in_a_row, train)
             seconds, images = time.perf_counter() - since, len(sums["loss"]) * config.batch_size
-            numbers |= dict(skipped=run.skipped[0].item()) if run.skipped[0] else {}
+            numbers |= dict(skipped=skipped) if skipped else {}
             numbers |= dict(lr=learning_rate(step, config, steps_per_epoch), img_per_s=images / seconds, data_wait=waited / seconds)
             log(log_path, main_rank, step=done, epoch=done / steps_per_epoch, **numbers)
             bar.set_postfix_str(f"{'  '.join(f'{k} {v:.4g}' for k, v in numbers.items() if k[0] in 'lL')}  {numbers['img_per_s']:.0f} img/s  "
@@ -567,16 +569,13 @@ def prepare_out_dir(config, step):
 
 
 def average_over_ranks(sums):
-    """{name: tuple of 0-dim tensors} -> {name: their mean over finite steps and ranks}, the only place of the loop that waits for the device."""
+    """{name: tuple of 0-dim tensors} -> {name: their mean over finite steps and ranks}; waits for the device, as nothing between logged steps does."""
     means = losses.mean_over_ranks(torch.stack([torch.stack(values).nan_to_num(math.nan, math.nan, math.nan).nanmean() for values in sums.values()]))
     return dict(zip(sums, means.tolist()))
 
 
-def refuse_steps_in_vain(run, step, train):
-    """UsageError, on every rank at once, where the last MOST_SKIPPED steps or more have been skipped: their gradients were not finite."""
-    in_a_row = run.skipped[1].item()
-    if in_a_row < MOST_SKIPPED:
-        return
+def refuse_steps_in_vain(run, step, in_a_row, train):
+    """UsageError, on every rank at once: the last in_a_row steps have been skipped, for their gradients were not finite."""
     first = step + 1 - in_a_row
     [samples] = data.Schedule(len(train), run.config.batch_size, run.config.seed, first, first + 1)
     raise UsageError(f"steps {first} to {step}: no gradient was finite, all were skipped; step {first} saw samples {', '.join(str(i) for _, i in samples[:8])} ...; "
@@ -647,10 +646,10 @@ def first_line(path):
         return json.loads(file.readline())
 
 
-def was_judged(path, step, device):
-    """Whether the log holds the evaluation after `step`; the same answer on all ranks."""
+def was_judged(path, step, main_rank, device):
+    """Whether the log holds the evaluation after `step`: read by the main rank, which has mended the log, and told to all."""
     found = False
-    if os.path.exists(path):
+    if main_rank and os.path.exists(path):
         with open(path) as file:
             found = any(line["step"] == step and "std_full" in line for line in map(json.loads, file))
     return losses.mean_over_ranks(torch.tensor(float(found), device=device)).item() > 0
