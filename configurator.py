@@ -5,6 +5,7 @@ trust); a command-line value is parsed as a literal of the knob's type and never
 UsageError: one line that names the cause and the mend; `exit_on_usage_error` turns it into exit code 2.
 """
 import ast
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -12,6 +13,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from dataclasses import dataclass
 
 
@@ -168,16 +170,31 @@ def knobs(cls):
 
 @contextlib.contextmanager
 def exit_on_usage_error(when_interrupted="stopped"):
-    """For `if __name__ == '__main__'`: a UsageError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """For `if __name__ == '__main__'`, ends the process: a UsageError is one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    A rank of torchrun leaves without Python's own clearing up: threads of communication and of autograd that outlive the process group and still
+    hold tensors can make that wait for ever (PyTorch's issue 190489), and with one rank the whole job."""
+    code = 0
     try:
         yield
     except UsageError as error:
         last_line = str(error).strip().splitlines()[-1].removeprefix("configurator.UsageError: ")  # what a loader's worker raised comes with its traceback
         print(f"{os.path.basename(sys.argv[0])}: {last_line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr, flush=True)
-        sys.exit(130)
+        code = 130
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        code = 1
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs(), sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _field(cls, name):

@@ -1,7 +1,9 @@
 """What the tests share: a small folder of images, the command lines of a tiny run, where the optional real data lie."""
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,18 @@ def run_script(*command, processes=1, check=True, timeout=300, **environment):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    command = [*launcher, *map(str, command)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:  # say where each process stands: faulthandler prints the stacks of one that is aborted
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in [*map(int, ranks), process.pid]:
+                os.kill(pid, signal.SIGABRT)
+                time.sleep(1)  # one after the other
+            out, err = process.communicate()
+            pytest.fail(f"no end after {timeout} s: {' '.join(command)}\n{out}\n{err}")
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -1,6 +1,11 @@
 """Knobs: typed, checked, parsed as literals; every mistake is one line with the cause and the mend."""
+import os
+import subprocess
+import sys
+
 import pytest
 
+from conftest import ROOT
 from configurator import Config, UsageError, configure, knobs
 
 
@@ -57,3 +62,21 @@ def test_help_shows_every_knob_with_its_comment(capsys):
     for field in dataclasses.fields(Config):
         assert f"--{field.name}=" in text
     assert "linear scaling" in text
+
+
+@pytest.mark.parametrize("end, code", [("pass", 0), ("raise UsageError('x')", 2), ("raise KeyboardInterrupt", 130), ("sys.exit(143)", 143), ("1 / 0", 1)])
+def test_a_rank_ends_though_a_thread_does_not(end, code):
+    """As a thread of communication that outlives its process group; Python itself would wait for this one for ever."""
+    program = f"""
+import atexit, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+from configurator import UsageError, exit_on_usage_error
+threading.Thread(target=threading.Event().wait).start()
+atexit.register(print, "cleared up", end="")
+with exit_on_usage_error():
+    print("worked", end=" ")
+    {end}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "0"})
+    assert done.returncode == code and done.stdout == "worked cleared up", done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == (code == 1)
