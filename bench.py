@@ -159,21 +159,22 @@ def textbook_views(recipe):
     return [crop(224, (0.4, 1.0), 0), crop(224, (0.4, 1.0), 1)] + [crop(96, (0.05, 0.4), 2)] * 8
 
 
+def on_one_core(function):
+    def timed():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+    return timed
+
+
 def views_row(recipe, n=8):
     """All ten crops of decoded 440 x 440 images, on one core, from cropping to normalised floats."""
     noise = torch.rand(n, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     images = (F.interpolate(noise, size=(440, 440), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
     pictures, transforms, calls = [to_pil_image(image) for image in images], textbook_views(RECIPES[recipe]), iter(range(10**9))
-
-    def on_one_core(function):
-        def timed():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                return function()
-            finally:
-                torch.set_num_threads(threads)
-        return timed
 
     def ours():
         keys = key(next(calls), torch.arange(n))
@@ -194,6 +195,29 @@ def views_row(recipe, n=8):
             must_agree(f"pixels' {name}", a + 5, b + 5, 0.05)  # means lie near 0: an absolute tolerance of a quarter of a std
 
     return Row(on_one_core(ours), on_one_core(textbook), n, check)
+
+
+def photo_row(H=2000, W=3000):
+    """The ten crops of a large JPEG on one core, decoded no larger than they need; textbook: decoded whole. Its waves are the stronger the
+    longer, so that it compresses as a photograph does, to 1.2 bits a pixel."""
+    rng = torch.Generator().manual_seed(0)
+    octaves = [F.interpolate(torch.rand(1, 3, max(2, H // k), max(2, W // k), generator=rng) - 0.5, size=(H, W), mode="bicubic")[0] * k**0.7 for k in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    image = sum(octaves)
+    folder = tempfile.mkdtemp()
+    torchvision.io.write_jpeg(((image - image.mean()) / image.std() * 0.22 + 0.5).clamp(0, 1).mul(255).to(torch.uint8), os.path.join(folder, "0.jpg"), quality=90)
+    atexit.register(shutil.rmtree, folder)
+    whole = data.open_images(folder, "train")
+    reduced = data.reduced(whole, [(224, (0.4, 1.0)), (96, (0.05, 0.4))])
+
+    def crops(images):
+        return crop_views(images.read(0), key(0, torch.tensor(0)), 224, 96, 8, (0.4, 1.0), (0.05, 0.4))
+
+    def check():
+        for kind, a, b in zip(("global", "local"), crops(reduced), crops(whole)):
+            difference = (a.float() - b.float()).abs().mean().item()
+            must_agree(f"pixels of {kind} crops, apart from their mean difference,", 255 + difference, 255, 0.01)
+
+    return Row(on_one_core(lambda: crops(reduced)), on_one_core(lambda: crops(whole)), 1, check)
 
 
 # ------------------------------------------------------------------------------------------------ from JPEGs to weights
@@ -410,6 +434,7 @@ ROWS = {  # name -> the Row, of a device and a folder of JPEGs
     "views BAug, one core": lambda device, _: views_row("baug"),
     "views CAug, one core": lambda device, _: views_row("caug"),
     "views CAug+, one core": lambda device, _: views_row("caug+"),
+    "crops of a JPEG of 2000x3000, one core": lambda device, _: photo_row(),
     "step vit_small/16, 2x224+8x96, batch 4, K 65536": lambda device, _: step_row(device, "vit_small", 16, 224, 96, 4, 65536),
     "step resnet50, 2x224+8x96, batch 2, K 65536": lambda device, _: step_row(device, "resnet50", 16, 224, 96, 2, 65536),
     "step vmamba_micro, 2x64+8x32, batch 4, K 4096": lambda device, _: step_row(device, "vmamba_micro", 16, 64, 32, 4, 4096),

@@ -97,11 +97,15 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
 # ------------------------------------------------------------------------------------------------ files
 
 
-def decode(path):
+def decode(path, enough=0):
     """An image file -> uint8 RGB (3, H, W), turned as a JPEG's or PNG's EXIF says; grey, CMYK, palette, alpha and 16 bit become RGB of 8; of an
-    animation the first frame. torchvision's codecs, Pillow for the formats and variants they do not read."""
+    animation the first frame. torchvision's codecs, Pillow for the formats and variants they do not read.
+
+    enough: a JPEG that has at least two, four or eight times so many pixels a side is decoded at a half, a quarter or an eighth of its size;
+    libjpeg then leaves out the fine frequencies and most of the time. 0: every image as it is."""
     try:
-        image = torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True)
+        image = _decode_reduced(path, enough) if enough else None
+        image = torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True) if image is None else image
     except RuntimeError:
         image = _decode_with_pillow(path)
     image = image[0] if image.ndim == 4 else image
@@ -113,6 +117,14 @@ def reason(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def _decode_reduced(path, enough):
+    """None where the file is no JPEG, or none that is large enough to be reduced."""
+    with Image.open(path) as file:
+        if file.format in ("JPEG", "MPO") and min(file.size) >= 2 * enough:
+            file.draft(None, (enough, enough))
+            return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+
+
 def _decode_with_pillow(path):
     with Image.open(path) as file:
         if file.mode.startswith(("I", "F")):  # 16 bit, 32 bit or float: Pillow's own conversion would clip them instead of scaling
@@ -122,8 +134,8 @@ def _decode_with_pillow(path):
         return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
 
 
-def _read_file(paths, i):
-    return decode(paths[i])
+def _read_file(paths, i, enough=0):
+    return decode(paths[i], enough)
 
 
 def _file_images(paths, labels, classes):
@@ -253,7 +265,15 @@ def _memory_images(pixels, labels, classes, name):
     return Images(pixels.contiguous().__getitem__, labels, classes, f"{name} image {{}}".format)
 
 
-# ------------------------------------------------------------------------------------------------ subsets
+# ------------------------------------------------------------------------------------------------ the same images otherwise, and some of them
+
+
+def reduced(images, crops):
+    """The same images, large JPEG files decoded no larger than random crops need; crops: [(size, scale)], as of random_crops."""
+    if getattr(images.read, "func", None) is not _read_file:
+        return images  # in memory
+    enough = max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in crops)  # the smallest crop, 3:4, is still `size` pixels on its shorter side
+    return Images(functools.partial(images.read, enough=math.ceil(enough)), images.labels, images.classes, images.name)
 
 
 def in_memory(images, what, threads):

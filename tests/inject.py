@@ -4,6 +4,7 @@
     term:STEP              SIGTERM to this process during that step
     kill:STEP:RANK         SIGKILL to that rank during that step, the first time only
     full:FROM:TO           no file may grow beyond a few bytes from one step to the other (let no epoch end between them: loading workers would inherit it)
+    readonly:FROM:TO       out_dir is mounted read-only from one step to the other (in a mount namespace of its own)
     gone:STEP              someone removes out_dir
     die:CALL:N             SIGKILL at the N-th call of os.replace, os.fsync or torch.save's write, that is in the middle of a checkpoint
 """
@@ -11,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +36,11 @@ def inject(fault):
         if kind == "full":
             limit = 100 if int(numbers[0]) <= step < int(numbers[1]) else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if kind == "readonly" and step == int(numbers[0]):
+            subprocess.run(["mount", "--bind", run.config.out_dir, run.config.out_dir], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", run.config.out_dir], check=True)
+        if kind == "readonly" and step == int(numbers[1]):
+            subprocess.run(["umount", "--lazy", run.config.out_dir], check=True)
         if kind == "gone" and step == int(numbers[0]):
             shutil.rmtree(run.config.out_dir)
         return whole_step(run, step, *batch)

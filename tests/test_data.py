@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import data
@@ -44,6 +45,43 @@ def test_exif_rotation_and_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert color(tmp_path / "moving.gif")[0] > 240
+
+
+def photo(H, W, seed=0):
+    """uint8 (3, H, W): noise whose waves are the stronger the longer, as in a photograph."""
+    rng = torch.Generator().manual_seed(seed)
+    octaves = [torch.nn.functional.interpolate(torch.rand(1, 3, H // k, W // k, generator=rng) - 0.5, size=(H, W), mode="bicubic")[0] * k for k in (2, 4, 8, 16, 32)]
+    return (128 + 4 * sum(octaves)).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("side, enough, expected", [(400, 201, 400), (400, 200, 200), (400, 100, 100), (400, 60, 100), (400, 20, 50), (400, 0, 400)])
+def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, side, enough, expected):
+    picture = Image.fromarray(photo(side, 600).permute(1, 2, 0).numpy())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, options in (("a.jpg", {}), ("turned.jpg", dict(exif=exif)), ("grey.jpg", {}), ("a.png", {})):
+        (picture.convert("L") if name == "grey.jpg" else picture).save(tmp_path / name, **options)
+        whole, found = data.decode(str(tmp_path / name)), data.decode(str(tmp_path / name), enough)
+        short = expected if name.endswith("jpg") else side
+        assert found.shape == ((3, 600 * short // 400, short) if name == "turned.jpg" else (3, short, 600 * short // 400))
+        by_pixels = torch.nn.functional.interpolate(whole[None].float(), size=found.shape[1:], mode="area")[0]
+        assert (by_pixels - found).abs().mean() < 2  # of 255
+
+
+def test_crops_of_reduced_images_are_the_crops(tmp_path):
+    from augment import random_crops
+    from draws import key
+    for i in range(3):
+        torchvision.io.write_jpeg(photo(1000, 1200, i), str(tmp_path / f"{i}.jpg"), quality=95)
+    whole, crops = data.open_images(str(tmp_path), "train"), [(64, (0.25, 1.0)), (48, (0.1, 0.4))]
+    reduced = data.reduced(whole, crops)
+    assert reduced.read(0).shape == (3, 250, 300)  # 48 / sqrt(0.1 * 3 / 4) = 176 pixels are enough
+    for i in range(3):
+        for size, scale in crops:
+            a, b = (random_crops(images.read(i), key(0, torch.tensor(i)), 4, size, scale).float() for images in (whole, reduced))
+            assert (a - b).abs().mean() < 5 < 30 < (a - b.flip(0)).abs().mean()  # of 255; boxes are rounded to coarser pixels
+    memory = data.shapes("train", 32, 10)
+    assert data.reduced(memory, crops) is memory
 
 
 BROKEN = {"zero.jpg": b"", "text.jpg": b"hello", "cut.jpg": None, "noise.png": b"\x89PNG\r\n\x1a\n" + bytes(50)}

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.faults
 RUN = dict(epochs=4, save_every=2, log_every=1, drop_path=0.2, eval_every=2, workers=1)  # 20 steps
 
 
-def launched(*command, processes=1, restarts=0, **popen):
-    launcher = [sys.executable]
+def launched(*command, processes=1, restarts=0, within=(), **popen):
+    launcher = [*within, sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d",
                      "--rdzv_endpoint=localhost:0", f"--max-restarts={restarts}"]
@@ -163,6 +163,27 @@ def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(folder, tmp_path,
     assert state(tmp_path)["step"] == 16
     assert ended(launched("train.py", *knobs))[0] == 0
     assert_the_same_run(whole(), tmp_path)
+
+
+OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]  # what is mounted in there is gone with the process
+can_mount = shutil.which("unshare") and subprocess.run([*OWN_MOUNTS, "mount", "--bind", "/tmp", "/tmp"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount, reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)")
+def test_a_folder_that_becomes_read_only_costs_no_step(folder, tmp_path, whole):
+    code, errors = ended(launched("tests/inject.py", "readonly:4:9", *arguments(data=folder, out_dir=tmp_path, **RUN), within=OWN_MOUNTS))
+    assert code == 0 and "no checkpoint after step 6" in errors and "Read-only file system; the last good one stands" in errors, errors
+    assert_the_same_run(whole(), tmp_path, log=False)
+    assert set(logged(tmp_path)) == {1, 2, 3, 4, *range(10, 21)}
+
+
+@pytest.mark.skipif(not can_mount, reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)")
+def test_a_run_is_not_begun_in_a_read_only_folder(folder, tmp_path):
+    readonly = [*OWN_MOUNTS, "sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"', str(tmp_path)]
+    for out in (tmp_path, tmp_path / "run"):
+        code, errors = ended(launched("train.py", *arguments(data=folder, out_dir=out, **RUN), within=readonly))
+        assert code == 2 and f"train.py: out_dir={out}: Read-only file system; choose another" in errors and "Traceback" not in errors, errors
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
