@@ -62,6 +62,7 @@ class DownstreamConfig:
     held_out: float = 0.05      # linear: share of the training set that chooses the learning rate
     protocol: str = "paper"     # linear: 'paper' new random crops each epoch, 'fast' kept features of a few fixed views
     views: int = 4              # linear, fast: random crops of each image whose features are kept
+    answers: bool = False       # also keep which test images were right, for error bars (evidence.py)
     seeds: int = 1              # repeat with seed, seed + 1, ...: mean and standard deviation; the subset is the first one's
     seed: int = 0               # of the subset, order, crops, classifiers and rotations
     # the machine
@@ -162,7 +163,7 @@ class Finetuned(nn.Module):
 
 
 def finetune(models, task, config, size, device, autocast, partial):
-    """-> rows of results.json: {row, part, dims, judge, lr, test, metric, value in %, seed, n}, tested after the last epoch.
+    """-> rows of results.json (eval_linear.result), tested after the last epoch.
 
     The whole network trains under DDP, batch norm over all ranks. partial: eval_linear.Partial."""
     rank, world = probe.rank_and_world()
@@ -207,8 +208,7 @@ def finetune(models, task, config, size, device, autocast, partial):
                     partial.write(rows=rows, which=which, epoch=(step + 1) // per_epoch, network=network.state_dict(), optimizer=optimizer.state_dict(),
                                   scheduler=scheduler.state_dict())
             for test, (logits, y) in eval_linear.test_features(network, task.test, task.tests(seed), "test", **common).items():
-                rows.append(dict(row=row, part=part, dims=len(network.columns), judge="fine-tuned", lr=config.lr, test=test, metric="top1",
-                                 value=round(100 * (logits.argmax(1) == y).double().mean().item(), 2), seed=seed, n=len(y)))
+                rows.append(eval_linear.result(row, part, len(network.columns), "fine-tuned", config.lr, test, logits.argmax(1) == y, seed, config.answers))
             partial.write(rows=rows, which=None, epoch=0, network={}, optimizer={}, scheduler={})
     return rows
 

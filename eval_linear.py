@@ -71,6 +71,7 @@ class LinearConfig:
     lrs: tuple = (0.01, 0.05, 0.2, 1.0)  # more to choose from, trained at the same time
     held_out: float = 0.05      # share of the training set that chooses the learning rate and trains nothing
     knn: bool = True            # also weighted kNN (k 20, temperature 0.07) on the backbone's z
+    answers: bool = False       # also keep which test images were right, for error bars (evidence.py)
     seeds: int = 1              # repeat with seed, seed + 1, ...: mean and standard deviation
     seed: int = 0               # of the order, crops, classifiers, held-out slice and perturbations
     # the machine
@@ -165,12 +166,15 @@ def sum_of_losses(logits, labels):
 
 
 @torch.no_grad()
+def answers(classifiers, z, labels):
+    """Whether z (N, dim) is taken for its label, labels (N,) -> [bool (n_lrs, N)]."""
+    right = [[l.argmax(2) == y for l in classifiers(some)] for some, y in zip(z.split(4096), labels.split(4096))]
+    return [torch.cat(pieces, 1) for pieces in zip(*right)]
+
+
 def accuracies(classifiers, z, labels):
-    """Top-1 in %: [(n_lrs,)] for z (N, dim), labels (N,)."""
-    right = 0
-    for some, y in zip(z.split(4096), labels.split(4096)):
-        right = right + torch.stack([(l.argmax(2) == y).sum(1) for l in classifiers(some)])  # (parts, n_lrs)
-    return list(100 * right.double() / len(labels))
+    """Top-1 of answers in %: [(n_lrs,)]."""
+    return [100 * right.double().mean(1) for right in answers(classifiers, z, labels)]
 
 
 # ------------------------------------------------------------------------------------------------ the protocol
@@ -220,8 +224,7 @@ def test_features(module, images, tests, progress, **common):
 
 
 def linear_probe(models, task, config, size, device, autocast, partial, knn=False):
-    """-> rows of results.json: {row, part, dims, judge, lr, test, metric, value in %, seed, n}. partial: Partial, what an interrupted
-    evaluation had done. knn: also judge the backbones' own z by kNN; its neighbours are the whole training set.
+    """-> rows of results.json (result). partial: Partial, what an interrupted evaluation had done. knn: also judge the backbones' own z by kNN; its neighbours are the whole training set.
 
     SGD with momentum 0.9, no weight decay, a cosine to 0 over the epochs, lr per 256 images of the batch."""
     rank, world = probe.rank_and_world()
@@ -271,20 +274,24 @@ def linear_probe(models, task, config, size, device, autocast, partial, knn=Fals
         best = [int(a.argmax()) for a in accuracies(classifiers, z, y)]  # of each part, its learning rate
         on_tests = test_features(representation, task.test, tests, "features of the test images", **common)
         for test, (z, y) in on_tests.items():
-            for i, ((row, part), accuracy) in enumerate(zip(wanted, accuracies(classifiers, z, y))):
+            for i, ((row, part), of_lrs) in enumerate(zip(wanted, answers(classifiers, z, y))):
                 for judge, lr in (("linear, chosen lr", lrs[best[i]]), (f"linear, lr {config.lr:g}", config.lr)):
-                    rows.append(dict(row=row, part=part, dims=len(columns[i]), judge=judge, lr=lr, test=test, metric="top1",
-                                     value=round(accuracy[lrs.index(lr)].item(), 2), seed=seed, n=len(y)))
+                    rows.append(result(row, part, len(columns[i]), judge, lr, test, of_lrs[lrs.index(lr)], seed, config.answers))
         if knn:
             if on_train is None:
                 own_z = Representation(models, blocks=1)
                 [on_train], train_y = probe.features(own_z, task.train, [probe.perturbed("orig")], progress="features for kNN", **common)
             for test, (z, y) in on_tests.items():
                 for name in wanted:
-                    value = probe.knn_accuracy(on_train[:, own_z.columns[name]], train_y, z[:, representation.z_columns[name]], y)
-                    rows.append(dict(row=name[0], part=name[1], dims=len(own_z.columns[name]), judge="kNN", lr=None, test=test, metric="top1",
-                                     value=round(value, 2), seed=seed, n=len(y)))
+                    right = probe.knn_answers(on_train[:, own_z.columns[name]], train_y, z[:, representation.z_columns[name]], y)
+                    rows.append(result(*name, len(own_z.columns[name]), "kNN", None, test, right, seed, config.answers))
     return rows
+
+
+def result(row, part, dims, judge, lr, test, right, seed, keep):
+    """A row of results.json from right, bool (n,): top-1 in %, and if they are to be kept the answers."""
+    numbers = dict(row=row, part=part, dims=dims, judge=judge, lr=lr, test=test, metric="top1", value=round(probe.percent(right), 2), seed=seed, n=len(right))
+    return numbers | dict(right=probe.packed(right)) if keep else numbers
 
 
 def batch_of(batch_size, n):

@@ -4,6 +4,7 @@
 
 Each representation is judged whole (full) and by its parts (ir, ef); beside ef stands as wide a slice of ir, beside all of them the same
 backbone untrained. `results.json` beside the checkpoint keeps every number with its protocol."""
+import base64
 import ctypes
 import datetime
 import faulthandler
@@ -18,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -86,22 +88,33 @@ def parts(z, ratio):
 # ------------------------------------------------------------------------------------------------ judges
 
 
-def knn_accuracy(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
-    """Top-1 in % of the weighted nearest-neighbour vote: exp(cosine / temperature) of the k nearest (DINO's protocol; Wu et al. 2018)."""
+def knn_accuracy(*arguments, **knobs):
+    """Top-1 in % of knn_answers."""
+    return percent(knn_answers(*arguments, **knobs))
+
+
+def knn_answers(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
+    """The weighted nearest-neighbour vote, exp(cosine / temperature) of the k nearest (DINO's protocol; Wu et al. 2018), of each test image
+    -> whether it is right, bool (N,)."""
     train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
     train_y, test_y = train_y.to(train_x.device), test_y.to(train_x.device)
-    right = 0
+    right = []
     at_once = max(1, 2**27 // len(train_x))  # similarities: half a gigabyte
     for x, y in zip(test_x.split(at_once), test_y.split(at_once)):
         similarity, neighbours = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (b, k)
         votes = torch.zeros(len(x), int(train_y.max()) + 1, device=x.device)
         votes.scatter_add_(1, train_y[neighbours], ((similarity - 1) / temperature).exp())
-        right += (votes.argmax(1) == y).sum().item()
-    return 100 * right / len(test_y)
+        right.append(votes.argmax(1) == y)
+    return torch.cat(right)
 
 
 def ridge_accuracies(train_x, train_y, tests):
-    """Top-1 in % on each (x, y) of tests, of the linear classifier that least squares with an L2 penalty fits to one-hot labels.
+    """Top-1 in % of ridge_answers, [one for each of tests]."""
+    return [percent(right) for right in ridge_answers(train_x, train_y, tests)]
+
+
+def ridge_answers(train_x, train_y, tests):
+    """Of each (x, y) of tests whether the linear classifier that least squares with an L2 penalty fits to one-hot labels is right -> [bool (N,)].
 
     Features are standardised by the training set; the penalty is chosen on every tenth training image, held out, then all are fitted."""
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
@@ -120,7 +133,22 @@ def ridge_accuracies(train_x, train_y, tests):
     on_held_out = [((x[held_out] @ w).argmax(1) == train_y[held_out]).double().mean() for w in fit(x[~held_out], targets[~held_out], penalties)]
     [weight] = fit(x, targets, [penalties[int(torch.stack(on_held_out).argmax())]])
     standardised = [((test_x - mean) / std).double() for test_x, _ in tests]
-    return [100 * ((z @ weight[:-1] + weight[-1]).argmax(1) == y.to(z.device)).double().mean().item() for z, (_, y) in zip(standardised, tests)]
+    return [(z @ weight[:-1] + weight[-1]).argmax(1) == y.to(z.device) for z, (_, y) in zip(standardised, tests)]
+
+
+def percent(right):
+    """bool (N,) -> how many are, in %."""
+    return 100 * right.double().mean().item()
+
+
+def packed(right):
+    """bool (N,) -> text of a bit an image (base64), as results.json keeps it."""
+    return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
+
+
+def unpacked(text, n):
+    """The inverse of packed -> bool (n,), a NumPy array."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(bool)
 
 
 def spread(z):
@@ -138,9 +166,10 @@ def spread(z):
 COLUMNS = ("class", "class, rotated", "which of 4 rotations", "kNN", "kNN, rotated")
 
 
-def judge(models, train, val, size, device, autocast, workers=0, seed=0):
+def judge(models, train, val, size, device, autocast, workers=0, seed=0, answers=False):
     """models: [(row name, backbone, ratio, ...)], as Model -> the rows of results.json, one a number: {row, part, dims, test, metric, value in %, seed, n}.
-    A second 'ir' row holds ir's first dimensions, as many as ef has: what ef is to be compared with.
+    A second 'ir' row holds ir's first dimensions, as many as ef has: what ef is to be compared with. answers: each row also has 'right', which
+    of its n test images were (packed).
 
     Class: a ridge probe fitted to clean training images, tested on the clean validation images and on the same turned by -90 .. 90 degrees
     (corners black). Rotation: a ridge probe for 0 / 90 / 180 / 270 degrees, fitted and tested on images turned exactly so. kNN as DINO's."""
@@ -149,9 +178,11 @@ def judge(models, train, val, size, device, autocast, workers=0, seed=0):
     chance = 100 / len(val.classes)
     common = dict(size=size, device=device, autocast=autocast, workers=workers)
 
-    def add(row, part, dims, values):
-        rows.extend(dict(row=row, part=part, dims=dims, test="ro" if "rotated" in column else "orig", metric=column, value=round(value, 2), seed=seed, n=len(val))
-                    for column, value in zip(COLUMNS, values))
+    def add(row, part, dims, values, all_right=()):
+        for i, (column, value) in enumerate(zip(COLUMNS, values)):
+            more = dict(right=packed(all_right[i])) if answers and all_right else {}
+            n = len(all_right[i]) if all_right else len(val)
+            rows.append(dict(row=row, part=part, dims=dims, test="ro" if "rotated" in column else "orig", metric=column, value=round(value, 2), seed=seed, n=n, **more))
 
     for row, backbone, ratio, *_ in models:
         on_train, train_y = features(backbone, train, turns, progress=f"features of {row}, train", **common)
@@ -162,10 +193,10 @@ def judge(models, train, val, size, device, autocast, workers=0, seed=0):
                 named.insert(2, ("ir", named[1][1][:, :named[2][1].shape[1]]))
         for (part, turned_train), (_, turned_val), (_, rotated) in zip(*by_part):
             clean_train, clean_val = turned_train[:len(train)], turned_val[:len(val)]
-            add(row, part, clean_train.shape[1],
-                [*ridge_accuracies(clean_train, train_y, [(clean_val, val_y), (rotated, val_y)]),
-                 *ridge_accuracies(turned_train, which_train, [(turned_val, which_val)]),
-                 *(knn_accuracy(clean_train, train_y, z, val_y) for z in (clean_val, rotated))])
+            all_right = [*ridge_answers(clean_train, train_y, [(clean_val, val_y), (rotated, val_y)]),
+                         *ridge_answers(turned_train, which_train, [(turned_val, which_val)]),
+                         *(knn_answers(clean_train, train_y, z, val_y) for z in (clean_val, rotated))]
+            add(row, part, clean_train.shape[1], map(percent, all_right), all_right)
     add("chance", "", "", [chance, chance, 25, chance, chance])
     return rows
 
@@ -384,6 +415,7 @@ class ProbeConfig:
     device: str = "auto"
     precision: str = "auto"
     scan: str = "auto"      # VMamba's selective scan, as in train.py
+    answers: bool = False   # also keep which test images were right, for error bars (evidence.py)
     out: str = ""           # folder for results.json; default: the checkpoint's
 
 
@@ -397,7 +429,7 @@ def main(argv):
     out = results_folder(config)
     size = trained["img_size"]
     train, val = data.labelled_splits(config.data, config.classes, config.data_root, img_size=size)
-    rows = judge(models, train, val, size, device, autocast, config.workers, config.seed)
+    rows = judge(models, train, val, size, device, autocast, config.workers, config.seed, config.answers)
     print("\n".join(table_lines(rows)))
     append_results(os.path.join(out, "results.json"), "probe", {**asdict(config), "precision": precision}, time.perf_counter() - start, rows)
 

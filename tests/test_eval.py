@@ -156,19 +156,20 @@ def test_held_out_images_choose_and_never_train(tmp_path, protocol):
 
 
 def test_the_chosen_learning_rate_is_the_held_out_slices_best(monkeypatch, tmp_path, folder):
-    seen, real = [], eval_linear.accuracies
-    monkeypatch.setattr(eval_linear, "accuracies", lambda *a: seen.append(real(*a)) or seen[-1])
+    seen, real = [], eval_linear.answers
+    monkeypatch.setattr(eval_linear, "answers", lambda *a: seen.append(real(*a)) or seen[-1])
     train, test = data.open_splits(str(folder))
-    config = eval_linear.LinearConfig(ckpt="x", epochs=2, batch_size=32, workers=0, held_out=0.3, lrs=(0.1, 1.0))
+    config = eval_linear.LinearConfig(ckpt="x", epochs=2, batch_size=32, workers=0, held_out=0.3, lrs=(0.1, 1.0), answers=True)
     task = eval_linear.Task("linear", train, test, 10, eval_linear.flipped, eval_linear.own_label, eval_linear.perturbations("ro,orig"), eval_linear.perturbations("orig"))
     rows = eval_linear.linear_probe(models(), task, config, 32, CPU, probe.choose_precision("fp32", CPU)[1], eval_linear.Partial(str(tmp_path), dict(task="linear")))
-    held, turned, orig = seen
+    held, turned, orig = ([100 * right.double().mean(1) for right in answers] for answers in seen)
     for i, part in enumerate(("full", "ir", "ef")):
         best = int(held[i].argmax())
         for test, found in (("orig", orig), ("ro", turned)):
             [chosen] = [row for row in rows if (row["part"], row["test"], row["judge"]) == (part, test, "linear, chosen lr")]
             [fixed] = [row for row in rows if (row["part"], row["test"], row["judge"]) == (part, test, "linear, lr 0.001")]
             assert chosen["lr"] == (0.001, 0.1, 1.0)[best] and chosen["value"] == round(found[i][best].item(), 2) and fixed["value"] == round(found[i][0].item(), 2)
+            assert (probe.unpacked(chosen["right"], chosen["n"]) == seen[1 + (test == "orig")][i][best].numpy()).all()
 
 
 def test_held_out_slices_are_stratified_and_repeat():

@@ -1,0 +1,117 @@
+"""Which of the paper's claims our runs bear out: the differences behind RESULTS.md, with intervals over seeds and over test images.
+
+    python evidence.py results/tinyin40_30/seed*          a folder a seed, each with the results.json that eval_linear.py and probe.py
+                                                          wrote with --answers=True for a CLeVER and a DINO run of that seed
+
+A difference is taken image by image and seed by seed, for both sides saw the same images, perturbed alike, and their runs the same order of
+images and draws. Its interval over seeds is Student's t of the seeds' differences; that over images is a bootstrap of the test images, whose
+differences are first averaged over seeds. Both are of 95 %, and a claim is borne out where both lie above 0."""
+import os
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+import probe
+from configurator import UsageError, exit_on_usage_error
+
+T_95 = (np.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, for that many degrees of freedom
+BOOTSTRAPS = 10_000
+
+
+class Claim(NamedTuple):
+    """That `better` beats `worse` at one test: each (row, part), `judge` and `test` (of probe.py: its metric) as in results.json."""
+    name: str
+    judge: str
+    test: str
+    better: tuple
+    worse: tuple
+
+
+CLAIMS = [
+    *[Claim(name, "linear, chosen lr", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
+    *[Claim(name, "ridge", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
+    *[Claim(name, "kNN", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
+    *[Claim("C3", "linear, chosen lr", test, ("clever", "full"), ("clever", "ir")) for test in ("ro", "cj+ro")],
+    Claim("C3", "ridge", "class, rotated", ("clever", "full"), ("clever", "ir")),
+    Claim("C4", "ridge", "which of 4 rotations", ("clever", "ef"), ("clever", "ir as wide")),
+]
+
+
+def answers_of(path):
+    """A results.json -> {(judge, test, row, part): right, bool (n,)}. UsageError where the answers were not kept."""
+    found = {}
+    for result in probe.read_results(path):
+        rows = result["rows"]
+        narrow = {row["row"]: row["dims"] for row in rows if row["part"] == "ef"}
+        for row in rows:
+            if "right" not in row:
+                if row["row"] == "chance":
+                    continue
+                raise UsageError(f"{path}: does not tell which images were right; evaluate again with --answers=True")
+            test = row["test"] if "judge" in row else row["metric"]
+            judge = row["judge"] if "judge" in row else "kNN" if test.startswith("kNN") else "ridge"
+            part = "ir as wide" if (row["part"], row["dims"]) == ("ir", narrow.get(row["row"])) else row["part"]
+            found[judge, test, row["row"], part] = probe.unpacked(row["right"], row["n"])
+    return found
+
+
+def interval_over_seeds(differences):
+    """Of each seed's difference, an array (S,) -> low, high; nan for a single seed."""
+    S = len(differences)
+    if S == 1:
+        return np.nan, np.nan
+    if S > len(T_95):
+        raise UsageError(f"{S} seeds: T_95 knows Student's t for up to {len(T_95)}; add the next value there")
+    half = T_95[S - 1] * differences.std(ddof=1) / np.sqrt(S)
+    return differences.mean() - half, differences.mean() + half
+
+
+def interval_over_images(differences, seed=0):
+    """Of each image's difference, an array (n,) -> low, high, the 2.5 and 97.5 % of the means of BOOTSTRAPS samples with replacement."""
+    rng, n = np.random.default_rng(seed), len(differences)
+    means = [differences[rng.integers(0, n, n)].mean() for _ in range(BOOTSTRAPS)]
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def weigh(claim, seeds):
+    """seeds: [answers_of] -> {claim, better and worse in % by seed, difference, its two intervals, verdict}; None where no seed has been measured."""
+    pairs = [[100.0 * answers[claim.judge, claim.test, *side] for side in (claim.better, claim.worse)] for answers in seeds
+             if all((claim.judge, claim.test, *side) in answers for side in (claim.better, claim.worse))]
+    if not pairs:
+        return None
+    better, worse = np.array(pairs).transpose(1, 0, 2)  # (S, n) each, 100 or 0
+    by_seed, by_image = (better - worse).mean(1), (better - worse).mean(0)
+    over_seeds, over_images = interval_over_seeds(by_seed), interval_over_images(by_image)
+    low, high = min(over_seeds[0], over_images[0]), max(over_seeds[1], over_images[1])  # nan: of one seed
+    verdict = "one seed" if len(pairs) == 1 else "reproduced" if low > 0 else "contradicted" if high < 0 else "undecided"
+    return dict(claim=claim, better=better.mean(1), worse=worse.mean(1), difference=by_seed.mean(), over_seeds=over_seeds, over_images=over_images, verdict=verdict)
+
+
+def table_lines(weighed):
+    """The table of RESULTS.md."""
+    yield "| claim | judge, test | better: by seed | worse: by seed | difference | over seeds | over images | verdict |"
+    yield "|---|---|---|---|--:|--:|--:|---|"
+    for w in weighed:
+        claim = w["claim"]
+        sides = (f"{' '.join(side)}: {', '.join(f'{value:.1f}' for value in w[name])}" for name, side in (("better", claim.better), ("worse", claim.worse)))
+        intervals = (f"{low:+.1f} .. {high:+.1f}" if low == low else "-" for low, high in (w["over_seeds"], w["over_images"]))
+        yield f"| {claim.name} | {claim.judge}, {claim.test} | {' | '.join(sides)} | {w['difference']:+.1f} | {' | '.join(intervals)} | {w['verdict']} |"
+
+
+def main(folders):
+    if not folders:
+        return print(__doc__.strip())
+    for folder in folders:
+        if not os.path.exists(os.path.join(folder, "results.json")):
+            raise UsageError(f"{folder}: holds no results.json; eval_linear.py and probe.py write one with --out={folder} --answers=True")
+    seeds = [answers_of(os.path.join(folder, "results.json")) for folder in folders]
+    weighed = [w for w in (weigh(claim, seeds) for claim in CLAIMS) if w]
+    if not weighed:
+        raise UsageError(f"{', '.join(folders)}: no claim has both its sides there; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt")
+    print("\n".join(table_lines(weighed)))
+
+
+if __name__ == "__main__":
+    with exit_on_usage_error():
+        main(sys.argv[1:])

@@ -1,0 +1,68 @@
+"""evidence.py: the intervals cover what they should, the verdict follows from them, RESULTS.md's tables are those of results/."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evidence
+import probe
+from configurator import UsageError
+
+
+def test_answers_survive_their_packing():
+    right = torch.rand(1003) < 0.3
+    assert (probe.unpacked(probe.packed(right), 1003) == right.numpy()).all()
+
+
+def test_intervals_of_known_cases():
+    low, high = evidence.interval_over_seeds(np.array([1.0, 2.0, 3.0]))  # t of two degrees of freedom: 4.303, standard error 1 / sqrt 3
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert all(np.isnan(evidence.interval_over_seeds(np.array([1.0]))))
+    differences = np.random.default_rng(0).choice([-100.0, 0, 100], 2000, p=[0.1, 0.7, 0.2])
+    half = 1.96 * differences.std() / 2000**0.5
+    assert evidence.interval_over_images(differences) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.15)
+
+
+def test_intervals_cover_the_truth_nineteen_times_in_twenty():
+    rng = np.random.default_rng(1)
+    hits = [low < 1 < high for low, high in (evidence.interval_over_seeds(1 + rng.standard_normal(3)) for _ in range(2000))]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
+
+
+def write(folder, accuracies, seed, n=1500):
+    """A results.json as eval_linear and probe write it; accuracies {(row, part): share}, one uniform draw an image for all, so that rows differ where they must."""
+    rng = np.random.default_rng(seed)
+    u = rng.random(n)
+    rows = []
+    for (row, part), share in accuracies.items():
+        right = u < share + 0.02 * rng.standard_normal(n)
+        rows.append(dict(row=row, part=part, dims=128, judge="linear, chosen lr", lr=0.1, test="orig", metric="top1", value=round(100 * right.mean(), 2), seed=0, n=n,
+                         right=probe.packed(torch.from_numpy(right))))
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps([dict(task="linear", rows=rows)]))
+
+
+@pytest.mark.parametrize("ours, verdict", [(0.30, "reproduced"), (0.20, "undecided"), (0.10, "contradicted")])
+def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict):
+    for seed in range(3):
+        write(tmp_path / f"seed{seed}", {("clever", "full"): ours, ("dino", "full"): 0.2}, seed)
+    evidence.main([str(tmp_path / f"seed{seed}") for seed in range(3)])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C1")]
+    assert verdict in line and "linear, chosen lr, orig" in line and line.count("|") == 9
+    seeds = [evidence.answers_of(tmp_path / f"seed{seed}" / "results.json") for seed in range(3)]
+    weighed = evidence.weigh(evidence.CLAIMS[0], seeds)
+    assert weighed["difference"] == pytest.approx(100 * (ours - 0.2), abs=1) and weighed["over_images"][0] < weighed["difference"] < weighed["over_images"][1]
+    assert evidence.weigh(evidence.CLAIMS[0], seeds[:1])["verdict"] == "one seed"
+    assert evidence.weigh(evidence.CLAIMS[1], seeds) is None  # nothing measured
+
+
+def test_what_is_missing_is_told_in_a_line(tmp_path):
+    with pytest.raises(UsageError, match="holds no results.json"):
+        evidence.main([str(tmp_path)])
+    (tmp_path / "results.json").write_text(json.dumps([dict(task="probe", rows=[dict(row="dino", part="full", dims=8, metric="kNN", test="orig", value=3.0, n=5, seed=0)])]))
+    with pytest.raises(UsageError, match="--answers=True"):
+        evidence.main([str(tmp_path)])
+    write(tmp_path / "one", {("clever", "full"): 0.2}, 0)
+    with pytest.raises(UsageError, match="no claim has both its sides"):
+        evidence.main([str(tmp_path / "one")])
