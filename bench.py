@@ -57,6 +57,9 @@ class BenchConfig:
     json: str = ""        # also write the rows to this file
 
 
+RECIPE_NAMES = (("baug", "BAug"), ("caug", "CAug"), ("caug+", "CAug+"))
+
+
 class Row(NamedTuple):
     """Two ways to one result."""
     ours: Callable
@@ -144,6 +147,19 @@ def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
     return Row(lambda: train.train_step(ours, 1, *crops, keys)["loss"].item(), textbook, batch, check, flops=True)
 
 
+def compiled_row(device, batch):
+    """A whole step with each block compiled; textbook: our own without."""
+    if device.type == "cpu" and not shutil.which("c++"):
+        raise UsageError("torch.compile needs a C++ compiler on the CPU, and there is none; leave its row away with --rows=...")
+    knobs = dict(arch="vit_tiny", patch_size=8, img_size=64, local_size=32, batch_size=batch, out_dim=4096, warmup_epochs=0, freeze_last_layer=0,
+                 log_every=10**6, max_batch_per_gpu=batch, device=device.type)
+    crops = torch.randint(0, 256, (batch, 2, 3, 64, 64), dtype=torch.uint8), torch.randint(0, 256, (batch, 8, 3, 32, 32), dtype=torch.uint8)
+    keys = key(0, torch.arange(batch))
+    compiled, eager = (train.make_run(Config(compile=wanted, **knobs), 1000, device) for wanted in (True, False))
+    ours, textbook = (lambda run=run: train.train_step(run, 1, *crops, keys)["loss"].item() for run in (compiled, eager))
+    return Row(ours, textbook, batch, lambda: must_agree("loss", ours(), textbook(), 1e-2), flops=True)
+
+
 # ------------------------------------------------------------------------------------------------ the views
 
 
@@ -197,6 +213,22 @@ def views_row(recipe, n=8):
     return Row(on_one_core(ours), on_one_core(textbook), n, check)
 
 
+def device_views_row(device, recipe, batch=64):
+    """The device stage of all ten crops, copied there as uint8; textbook: the same stage on all the host's cores."""
+    crops = torch.randint(0, 256, (batch, 2, 3, 224, 224), dtype=torch.uint8).pin_memory(), torch.randint(0, 256, (batch, 8, 3, 96, 96), dtype=torch.uint8).pin_memory()
+    keys = key(0, torch.arange(batch))
+
+    def on(where):
+        views = augment_views(*(some.to(where, non_blocking=True) for some in crops), keys, RECIPES[recipe])
+        return [view.flatten()[0].item() for view in views] and views
+
+    def check():
+        for name, a, b in zip(("global", "local"), on(device), on(torch.device("cpu"))):
+            must_agree(f"{name} views, apart from their mean difference,", 1 + (a.cpu() - b).abs().mean().item(), 1, 1e-3)
+
+    return Row(lambda: on(device), lambda: on(torch.device("cpu")), batch, check)
+
+
 def photo_row(H=2000, W=3000):
     """The ten crops of a large JPEG on one core, decoded no larger than they need; textbook: decoded whole. Its waves are the stronger the
     longer, so that it compresses as a photograph does, to 1.2 bits a pixel."""
@@ -223,8 +255,8 @@ def photo_row(H=2000, W=3000):
 # ------------------------------------------------------------------------------------------------ from JPEGs to weights
 
 
-def end_to_end_row(device, folder, arch="vit_micro", batch=16, steps=2, n=64):
-    """CAug+ from JPEG files to a new student, two loading processes on a CPU, all cores but one on a GPU's host; textbook: Pillow, torchvision's
+def end_to_end_row(device, folder, arch, recipe, batch, steps=2, n=64):
+    """From JPEG files to a new student, two loading processes on a CPU, all cores but one on a GPU's host; textbook: Pillow, torchvision's
     transforms image by image, textbook_step. Without bench.py's --data the files are soft noise of 440 x 440."""
     if not folder:
         folder, noise = tempfile.mkdtemp(), torch.rand(n, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -232,11 +264,11 @@ def end_to_end_row(device, folder, arch="vit_micro", batch=16, steps=2, n=64):
             torchvision.io.write_jpeg(image, os.path.join(folder, f"{i}.jpg"), quality=90)
         atexit.register(shutil.rmtree, folder)
     images, workers = data.open_images(folder, "train"), 2 if device.type == "cpu" else os.cpu_count() - 1
-    knobs = dict(arch=arch, patch_size=16, batch_size=batch, out_dim=4096, recipe="caug+", warmup_epochs=0, freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch,
+    knobs = dict(arch=arch, patch_size=16, batch_size=batch, out_dim=4096, recipe=recipe, warmup_epochs=0, freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch,
                  device=device.type, workers=workers)
     ours, slow = (train.make_run(Config(precision=precision, drop_path=0.0, **knobs), 1000, device) for precision in ("auto", "fp32"))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
-    dataset = _Transformed([images.name(i) for i in range(len(images))], textbook_views(RECIPES["caug+"]))
+    dataset = _Transformed([images.name(i) for i in range(len(images))], textbook_views(RECIPES[recipe]))
     batches = [[i % len(images) for i in range(start, start + batch)] for start in range(0, 10**5, batch)]
     streams = {}  # each side's loader, started at its first call and kept
 
@@ -427,25 +459,39 @@ def labels_row(device, h=30, w=52, dim=384, radius=12, topk=5, temperature=0.1):
     return Row(ours, textbook, 1, lambda: must_agree("1 + the largest difference of labels", 1 + (ours() - textbook()).abs().max().item(), 1.0, 1e-3))
 
 
-ROWS = {  # name -> the Row, of a device and a folder of JPEGs
-    "step vit_tiny/8, 2x64+8x32, batch 32, K 4096": lambda device, _: step_row(device, "vit_tiny", 8, 64, 32, 32, 4096),
-    "step vit_tiny/16, 2x224+8x96, batch 8, K 65536": lambda device, _: step_row(device, "vit_tiny", 16, 224, 96, 8, 65536),
-    "step resnet18, 2x224+8x96, batch 4, K 65536": lambda device, _: step_row(device, "resnet18", 16, 224, 96, 4, 65536),
-    "views BAug, one core": lambda device, _: views_row("baug"),
-    "views CAug, one core": lambda device, _: views_row("caug"),
-    "views CAug+, one core": lambda device, _: views_row("caug+"),
-    "crops of a JPEG of 2000x3000, one core": lambda device, _: photo_row(),
-    "step vit_small/16, 2x224+8x96, batch 4, K 65536": lambda device, _: step_row(device, "vit_small", 16, 224, 96, 4, 65536),
-    "step resnet50, 2x224+8x96, batch 2, K 65536": lambda device, _: step_row(device, "resnet50", 16, 224, 96, 2, 65536),
-    "step vmamba_micro, 2x64+8x32, batch 4, K 4096": lambda device, _: step_row(device, "vmamba_micro", 16, 64, 32, 4, 4096),
-    "JPEG to weights, vit_micro/16, CAug+, batch 16": lambda device, folder: end_to_end_row(device, folder),
-    "loss and last layers, 10 views, batch 64, K 65536": lambda device, _: loss_row(device),
-    "selective scan (2, 384, 3136), N 1": lambda device, _: scan_row(device),
-    "vmamba_tiny at 224, forward + backward": lambda device, _: vmamba_row(device),
-    "features, vit_micro/8 at 64 px": lambda device, _: features_row(device),
-    "label propagation, 30x52 patches of 8 frames": lambda device, _: labels_row(device),
-    "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda device, _: linear_row(device),
-}
+def rows(device, folder):
+    """{name: () -> Row} for a device and a folder of JPEGs; on a GPU with larger batches, for small ones would time how fast Python starts its kernels."""
+    gpu = device.type == "cuda"
+
+    def step(arch, patch_size, img_size, local_size, K, cpu_batch, gpu_batch):
+        batch = gpu_batch if gpu else cpu_batch
+        name = f"step {arch}{f'/{patch_size}' if arch.startswith('vit') else ''}, 2x{img_size}+8x{local_size}, batch {batch}, K {K}"
+        return {name: lambda: step_row(device, arch, patch_size, img_size, local_size, batch, K)}
+
+    def end_to_end(recipe):
+        arch, batch = ("vit_small", 128) if gpu else ("vit_micro", 16)
+        return {f"JPEG to weights, {arch}/16, {dict(RECIPE_NAMES)[recipe]}, batch {batch}": lambda: end_to_end_row(device, folder, arch, recipe, batch)}
+
+    return {
+        **step("vit_tiny", 8, 64, 32, 4096, 32, 512),
+        **step("vit_tiny", 16, 224, 96, 65536, 8, 128),
+        **step("vit_small", 16, 224, 96, 65536, 4, 64),
+        **step("resnet18", 16, 224, 96, 65536, 4, 128),
+        **step("resnet50", 16, 224, 96, 65536, 2, 64),
+        **(step("vmamba_tiny", 16, 224, 96, 65536, 0, 32) if gpu else step("vmamba_micro", 16, 64, 32, 4096, 4, 0)),
+        "compiled blocks, step vit_tiny/8 as above": lambda: compiled_row(device, 512 if gpu else 32),
+        **{f"views {name}, one core": lambda recipe=recipe: views_row(recipe) for recipe, name in RECIPE_NAMES},
+        **({f"device stage of views {name}, batch 64": lambda recipe=recipe: device_views_row(device, recipe) for recipe, name in RECIPE_NAMES} if gpu else {}),
+        "crops of a JPEG of 2000x3000, one core": lambda: photo_row(),
+        **(end_to_end("caug") if gpu else {}),
+        **end_to_end("caug+"),
+        "loss and last layers, 10 views, batch 64, K 65536": lambda: loss_row(device),
+        "selective scan (2, 384, 3136), N 1": lambda: scan_row(device),
+        "vmamba_tiny at 224, forward + backward": lambda: vmamba_row(device),
+        "features, vit_micro/8 at 64 px": lambda: features_row(device),
+        "label propagation, 30x52 patches of 8 frames": lambda: labels_row(device),
+        "linear: 3 parts x 5 lrs x 9 tests / one probe": lambda: linear_row(device),
+    }
 
 
 def table_line(row):
@@ -462,7 +508,7 @@ def side_of(name, side, device, folder, pipe):
     if side == "ours" and device.type == "cpu":
         probe.keep_freed_memory()
     choose_precision("auto", device)
-    call = getattr(ROWS[name](device, folder), side)
+    call = getattr(rows(device, folder)[name](), side)
     pipe.send("ready")
     while pipe.recv():
         start_of_peak(device)
@@ -523,9 +569,10 @@ def count_flops(call):
 def main(argv):
     config = configure(BenchConfig, argv)
     device = choose_device(config.device)
-    chosen = {name: make for name, make in ROWS.items() if config.rows in name}
+    known = rows(device, config.data)
+    chosen = {name: make for name, make in known.items() if config.rows in name}
     if not chosen:
-        raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(ROWS)}")
+        raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(known)}")
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -535,7 +582,7 @@ def main(argv):
     print(f"| {'images per second':49} | {'textbook':22} | {'ours':22} | ratio | MB, both sides | limit |\n|---|--:|--:|--:|--:|--:|", flush=True)
     table, start_process = [], multiprocessing.get_context("spawn")
     for name, make in chosen.items():
-        row = make(device, config.data)
+        row = make()
         row.check()
         needs = count_flops(row.ours) / most["flops"] if row.flops else row.bytes / most["bytes"]  # seconds that a call takes at least
         images = row.images

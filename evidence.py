@@ -1,26 +1,31 @@
 """Which of the paper's claims our runs bear out: the differences behind RESULTS.md, with intervals over seeds and over test images.
 
-    python evidence.py results/tinyin40_30/seed*          a folder a seed, each with the results.json that eval_linear.py and probe.py
-                                                          wrote with --answers=True for a CLeVER and a DINO run of that seed
+    python evidence.py --runs=results/tinyin40_seen                               the table
+    python evidence.py --runs=results/tinyin40_seen --picture=docs/evidence.png   and its picture, which takes matplotlib
+
+--runs has a folder for each seed, seed0, seed1, ...: in it the results.json that eval_linear.py, probe.py and eval_downstream.py wrote with
+--answers=True for a CLeVER and a DINO run of that seed.
 
 A difference is taken image by image and seed by seed, for both sides saw the same images, perturbed alike, and their runs the same order of
 images and draws. Its interval over seeds is Student's t of the seeds' differences; that over images is a bootstrap of the test images, whose
 differences are first averaged over seeds. Both are of 95 %, and a claim is borne out where both lie above 0."""
+import glob
 import os
 import sys
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 import probe
-from configurator import UsageError, exit_on_usage_error
+from configurator import UsageError, configure, exit_on_usage_error
 
 T_95 = (np.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, for that many degrees of freedom
 BOOTSTRAPS = 10_000
 
 
 class Claim(NamedTuple):
-    """That `better` beats `worse` at one test: each (row, part), `judge` and `test` (of probe.py: its metric) as in results.json."""
+    """That `better` beats `worse` at one test: each (row, part), `judge` and `test` as in results.json (of probe.py its metric, fine-tuned the task)."""
     name: str
     judge: str
     test: str
@@ -34,6 +39,7 @@ CLAIMS = [
     *[Claim(name, "kNN", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
     *[Claim("C3", "linear, chosen lr", test, ("clever", "full"), ("clever", "ir")) for test in ("ro", "cj+ro")],
     Claim("C3", "ridge", "class, rotated", ("clever", "full"), ("clever", "ir")),
+    *[Claim("C7", "fine-tuned", test, ("clever", "full"), ("dino", "full")) for test in ("semi10", "folder")],  # folder: of classes not seen before
     Claim("C4", "ridge", "which of 4 rotations", ("clever", "ef"), ("clever", "ir as wide")),
 ]
 
@@ -49,8 +55,12 @@ def answers_of(path):
                 if row["row"] == "chance":
                     continue
                 raise UsageError(f"{path}: does not tell which images were right; evaluate again with --answers=True")
-            test = row["test"] if "judge" in row else row["metric"]
-            judge = row["judge"] if "judge" in row else "kNN" if test.startswith("kNN") else "ridge"
+            judge, test = row.get("judge"), row["test"]
+            if judge is None:  # probe.py's
+                test = row["metric"]
+                judge = "kNN" if test.startswith("kNN") else "ridge"
+            if judge == "fine-tuned":
+                test = result["task"]
             part = "ir as wide" if (row["part"], row["dims"]) == ("ir", narrow.get(row["row"])) else row["part"]
             found[judge, test, row["row"], part] = probe.unpacked(row["right"], row["n"])
     return found
@@ -99,17 +109,48 @@ def table_lines(weighed):
         yield f"| {claim.name} | {claim.judge}, {claim.test} | {' | '.join(sides)} | {w['difference']:+.1f} | {' | '.join(intervals)} | {w['verdict']} |"
 
 
-def main(folders):
-    if not folders:
-        return print(__doc__.strip())
-    for folder in folders:
-        if not os.path.exists(os.path.join(folder, "results.json")):
-            raise UsageError(f"{folder}: holds no results.json; eval_linear.py and probe.py write one with --out={folder} --answers=True")
-    seeds = [answers_of(os.path.join(folder, "results.json")) for folder in folders]
+def draw(weighed, path):
+    """The table as a picture: each difference a dot, its interval over seeds thin, over images thick."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("--picture draws with matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    colors = {"reproduced": "tab:green", "contradicted": "tab:red"}
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.42 * len(weighed)), layout="constrained")
+    for y, w in enumerate(weighed):
+        color = colors.get(w["verdict"], "tab:gray")
+        axes.plot(w["over_seeds"], (y, y), color=color, linewidth=1)
+        axes.plot(w["over_images"], (y, y), color=color, linewidth=5, alpha=0.4, solid_capstyle="butt")
+        axes.plot(w["difference"], y, "o", color=color)
+    claims = [w["claim"] for w in weighed]
+    axes.set_yticks(range(len(weighed)), [f"{c.name}  {c.judge}, {c.test}: {' '.join(c.better)} - {' '.join(c.worse)}" for c in claims], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("difference in points, 95 %: thin over seeds, thick over test images; green: both above 0, red: both below", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+@dataclass
+class EvidenceConfig:
+    """Knobs of evidence.py: the paper's claims as differences between runs, with intervals."""
+    runs: str = ""      # folder with seed0/results.json, seed1/results.json, ...
+    picture: str = ""   # also draw the table to this PNG
+
+
+def main(argv):
+    config = configure(EvidenceConfig, argv)
+    paths = sorted(glob.glob(os.path.join(config.runs, "seed*", "results.json")))
+    if not paths:
+        raise UsageError(f"runs={config.runs}: holds no seed*/results.json; eval_linear.py and probe.py write one with --answers=True --out=.../seed0")
+    seeds = [answers_of(path) for path in paths]
     weighed = [w for w in (weigh(claim, seeds) for claim in CLAIMS) if w]
     if not weighed:
-        raise UsageError(f"{', '.join(folders)}: no claim has both its sides there; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt")
+        raise UsageError(f"runs={config.runs}: no claim has both its sides there; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt")
     print("\n".join(table_lines(weighed)))
+    if config.picture:
+        draw(weighed, config.picture)
 
 
 if __name__ == "__main__":

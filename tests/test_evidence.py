@@ -47,7 +47,7 @@ def write(folder, accuracies, seed, n=1500):
 def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict):
     for seed in range(3):
         write(tmp_path / f"seed{seed}", {("clever", "full"): ours, ("dino", "full"): 0.2}, seed)
-    evidence.main([str(tmp_path / f"seed{seed}") for seed in range(3)])
+    evidence.main([f"--runs={tmp_path}"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C1")]
     assert verdict in line and "linear, chosen lr, orig" in line and line.count("|") == 9
     seeds = [evidence.answers_of(tmp_path / f"seed{seed}" / "results.json") for seed in range(3)]
@@ -58,11 +58,22 @@ def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict
 
 
 def test_what_is_missing_is_told_in_a_line(tmp_path):
-    with pytest.raises(UsageError, match="holds no results.json"):
-        evidence.main([str(tmp_path)])
-    (tmp_path / "results.json").write_text(json.dumps([dict(task="probe", rows=[dict(row="dino", part="full", dims=8, metric="kNN", test="orig", value=3.0, n=5, seed=0)])]))
+    run = [f"--runs={tmp_path}"]
+    with pytest.raises(UsageError, match="holds no seed"):
+        evidence.main(run)
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "results.json").write_text(json.dumps([dict(task="probe", rows=[dict(row="dino", part="full", dims=8, metric="kNN", test="orig", value=3.0, n=5, seed=0)])]))
     with pytest.raises(UsageError, match="--answers=True"):
-        evidence.main([str(tmp_path)])
-    write(tmp_path / "one", {("clever", "full"): 0.2}, 0)
+        evidence.main(run)
+    (tmp_path / "seed0" / "results.json").unlink(), (tmp_path / "seed0").rmdir()
+    write(tmp_path / "seed0", {("clever", "full"): 0.2}, 0)
     with pytest.raises(UsageError, match="no claim has both its sides"):
-        evidence.main([str(tmp_path / "one")])
+        evidence.main(run)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the picture, and is not here")
+    write(tmp_path / "seed0", {("clever", "full"): 0.3, ("dino", "full"): 0.2}, 0)
+    evidence.main([f"--runs={tmp_path}", f"--picture={tmp_path / 'x.png'}"])
+    from PIL import Image
+    assert min(Image.open(tmp_path / "x.png").size) > 50
