@@ -11,6 +11,7 @@ Peak memory is what the first call adds to a process that has its weights and in
 do: of its rate at a large matrix product in our precision (MFU), or of its rate at copying memory."""
 import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -68,6 +69,7 @@ class Row(NamedTuple):
     check: Callable          # raises UsageError where the two differ in value
     flops: bool = False      # what limits our side: the arithmetic of its matrix products, which is counted;
     bytes: float = 0         # or that one call must move so many bytes
+    textbook_images: int = 0 # a call of the textbook, where it is another number
 
 
 def must_agree(what, ours, textbook, rtol):
@@ -123,22 +125,28 @@ def textbook_step(run, views):
     return loss
 
 
+def random_crops_of(device, batch, img_size, local_size):
+    """As a loader gives them, for a GPU in pinned memory."""
+    crops = [torch.randint(0, 256, (batch, n, 3, size, size), dtype=torch.uint8) for n, size in ((2, img_size), (8, local_size))]
+    return [some.pin_memory() for some in crops] if device.type == "cuda" else crops
+
+
 def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
     """Whole steps on random crops; ours includes the device stage of the views, the textbook gets ready views."""
     knobs = dict(arch=arch, patch_size=patch_size, img_size=img_size, local_size=local_size, batch_size=batch, out_dim=out_dim, local_crops=8, warmup_epochs=0,
                  freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch, device=device.type)
-    crops = torch.randint(0, 256, (batch, 2, 3, img_size, img_size), dtype=torch.uint8), torch.randint(0, 256, (batch, 8, 3, local_size, local_size), dtype=torch.uint8)
+    crops = random_crops_of(device, batch, img_size, local_size)
     keys = key(0, torch.arange(batch))
     ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, **knobs), 1000, device) for precision, rate in (("auto", 0.1), ("fp32", 0.0)))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
     views = [v.to(device) for v in augment_views(crops[0].to(device), crops[1].to(device), keys, slow.recipe)]
 
     def check():
-        terms, _ = textbook_terms(slow.config, slow.network, slow.teacher, slow.centers, views)
+        terms = [term.item() for term in textbook_terms(slow.config, slow.network, slow.teacher, slow.centers, views)[0]]
         got = train.train_step(train.make_run(slow.config, 1000, device), 0, *crops, keys)
         norm = losses.squared_norm(slow.network.head_ir).item()  # L_PReg is a small difference of two such sums: theirs is the rounding
         for name, expected, offset in zip(("L_CL", "L_Orth", "L_PReg"), terms, (0, 0, norm)):
-            must_agree(name, got[name].item() + offset, expected.item() + offset, 1e-3)
+            must_agree(name, got[name].item() + offset, expected + offset, 1e-3)
 
     def textbook():
         vmamba.default_backend = None if device.type == "cuda" else "loop"
@@ -151,7 +159,7 @@ def compiled_row(device, batch):
     """A whole step with each block compiled; textbook: our own without."""
     knobs = dict(arch="vit_tiny", patch_size=8, img_size=64, local_size=32, batch_size=batch, out_dim=4096, warmup_epochs=0, freeze_last_layer=0,
                  log_every=10**6, max_batch_per_gpu=batch, device=device.type)
-    crops = torch.randint(0, 256, (batch, 2, 3, 64, 64), dtype=torch.uint8), torch.randint(0, 256, (batch, 8, 3, 32, 32), dtype=torch.uint8)
+    crops = random_crops_of(device, batch, 64, 32)
     keys = key(0, torch.arange(batch))
     compiled, eager = (train.make_run(Config(compile=wanted, **knobs), 1000, device) for wanted in (True, False))
     ours, textbook = (lambda run=run: train.train_step(run, 1, *crops, keys)["loss"].item() for run in (compiled, eager))
@@ -213,7 +221,7 @@ def views_row(recipe, n=8):
 
 def device_views_row(device, recipe, batch=64):
     """The device stage of all ten crops, copied there as uint8; textbook: the same stage on all the host's cores."""
-    crops = torch.randint(0, 256, (batch, 2, 3, 224, 224), dtype=torch.uint8).pin_memory(), torch.randint(0, 256, (batch, 8, 3, 96, 96), dtype=torch.uint8).pin_memory()
+    crops = random_crops_of(device, batch, 224, 96)
     keys = key(0, torch.arange(batch))
 
     def on(where):
@@ -253,42 +261,41 @@ def photo_row(H=2000, W=3000):
 # ------------------------------------------------------------------------------------------------ from JPEGs to weights
 
 
-def end_to_end_row(device, folder, arch, recipe, batch, steps=2, n=64):
+def end_to_end_row(device, folder, arch, recipe, batch, n=64):
     """From JPEG files to a new student, two loading processes on a CPU, all cores but one on a GPU's host; textbook: Pillow, torchvision's
-    transforms image by image, textbook_step. Without bench.py's --data the files are soft noise of 440 x 440."""
+    transforms image by image, textbook_step. A call begins with the start of its loading processes and ends with the last of its batches, so that
+    nothing is loaded outside of the time that is taken. Without bench.py's --data the files are soft noise of 440 x 440."""
     if not folder:
         folder, noise = tempfile.mkdtemp(), torch.rand(n, 3, 28, 28, generator=torch.Generator().manual_seed(0))
         for i, image in enumerate((F.interpolate(noise, size=(440, 440), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)):
             torchvision.io.write_jpeg(image, os.path.join(folder, f"{i}.jpg"), quality=90)
         atexit.register(shutil.rmtree, folder)
-    images, workers = data.open_images(folder, "train"), 2 if device.type == "cpu" else os.cpu_count() - 1
+    gpu = device.type == "cuda"
+    workers, steps, textbook_steps = (len(os.sched_getaffinity(0)) - 1, 200, 20) if gpu else (2, 8, 8)  # the textbook's are many times slower there
+    images = data.open_images(folder, "train")
     knobs = dict(arch=arch, patch_size=16, batch_size=batch, out_dim=4096, recipe=recipe, warmup_epochs=0, freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch,
                  device=device.type, workers=workers)
     ours, slow = (train.make_run(Config(precision=precision, drop_path=0.0, **knobs), 1000, device) for precision in ("auto", "fp32"))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
     dataset = _Transformed([images.name(i) for i in range(len(images))], textbook_views(RECIPES[recipe]))
-    batches = [[i % len(images) for i in range(start, start + batch)] for start in range(0, 10**5, batch)]
-    streams = {}  # each side's loader, started at its first call and kept
+    reduced = data.reduced(images, [(224, (0.4, 1.0)), (96, (0.05, 0.4))])
+    many = data.subset(reduced, torch.arange(batch * steps) % len(images))
 
-    def run_ours():
-        if "ours" not in streams:
-            streams["ours"] = iter(data.train_loader(data.subset(images, torch.arange(10**5) % len(images)), ours.config, 0, 10**5 // batch, 0, 1, device))
-        for _ in range(steps):
-            logged = train.train_step(ours, 1, *next(streams["ours"])[:3])
+    def run_ours(steps=steps):
+        for crops in data.train_loader(many, ours.config, 0, steps, 0, 1, device):
+            logged = train.train_step(ours, 1, *crops[:3])
         return logged["loss"].item()
 
-    def textbook():
-        if "textbook" not in streams:
-            streams["textbook"] = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers))
-        for _ in range(steps):
-            loss = textbook_step(slow, [views.transpose(0, 1).to(device) for views in next(streams["textbook"])])
+    def textbook(steps=textbook_steps):
+        batches = [[i % len(images) for i in range(start, start + batch)] for start in range(0, batch * steps, batch)]
+        for views in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=gpu):
+            loss = textbook_step(slow, [some.transpose(0, 1).to(device) for some in views])
         return loss.item()
 
     def check():  # the views differ by draw (views_row compares them, step_row the steps); K prototypes of a fresh head: a loss near ln K either way
-        must_agree("loss", run_ours(), textbook(), 0.1)
-        streams.clear()
+        must_agree("loss", run_ours(1), textbook(1), 0.1)
 
-    return Row(run_ours, textbook, batch * steps, check)
+    return Row(run_ours, textbook, batch * steps, check, textbook_images=batch * textbook_steps)
 
 
 class _Transformed(torch.utils.data.Dataset):
@@ -505,7 +512,8 @@ def side_of(name, side, device, folder, pipe):
     multiprocessing.set_start_method("fork", force=True)  # for loading workers; a spawned process would spawn them
     if side == "ours" and device.type == "cpu":
         probe.keep_freed_memory()
-    choose_precision("auto", device)
+    if choose_precision("auto", device)[0] == "bf16" and device.type == "cuda" and side == "ours":
+        torch.set_float32_matmul_precision("high")  # as train.py
     call = getattr(rows(device, folder)[name](), side)
     pipe.send("ready")
     while pipe.recv():
@@ -583,8 +591,9 @@ def main(argv):
         row = make()
         row.check()
         needs = count_flops(row.ours) / most["flops"] if row.flops else row.bytes / most["bytes"]  # seconds that a call takes at least
-        images = row.images
+        images = dict(ours=row.images, textbook=row.textbook_images or row.images)
         del row
+        gc.collect(), torch.cuda.empty_cache()  # the sides need the memory
         sides, seen, result = {}, {"textbook": [], "ours": []}, {"row": name}
         try:
             for side in seen:
@@ -600,10 +609,10 @@ def main(argv):
                 with contextlib.suppress(OSError):  # one of them may have died
                     pipe.send(False)
         for side, ((_, peak), *calls) in seen.items():  # the first is the warm-up
-            rates = [images / seconds for seconds, _ in calls]
+            rates = [images[side] / seconds for seconds, _ in calls]
             quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
             result |= {side: statistics.median(rates), f"{side}_quartiles": [quartiles[0], quartiles[2]], f"{side}_MB": peak}
-        result |= dict(ratio=result["ours"] / result["textbook"], of_limit=needs * result["ours"] / images)
+        result |= dict(ratio=result["ours"] / result["textbook"], of_limit=needs * result["ours"] / images["ours"])
         table.append(result)
         print(table_line(result), flush=True)
         if config.json:

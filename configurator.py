@@ -13,7 +13,6 @@ import inspect
 import os
 import re
 import sys
-import traceback
 from dataclasses import dataclass
 
 
@@ -189,11 +188,13 @@ def exit_on_usage_error(when_interrupted="stopped"):
     except Exception:
         if "RANK" not in os.environ:
             raise
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # torch's puts the rank before each line
         code = 1
     if "RANK" in os.environ:
-        atexit._run_exitfuncs(), sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+        try:
+            atexit._run_exitfuncs(), sys.stdout.flush(), sys.stderr.flush()
+        finally:  # whatever a closed pipe may say
+            os._exit(code)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
     images = open_images("shapes" | "cifar10" | ... | "pets" | folder, "train" | "val", ...)
     images.read(i) -> uint8 (3, H, W);  images.labels (N,) int64, -1 where unknown;  images.classes, a list of names
 """
+import contextlib
 import functools
 import math
 import os
@@ -118,8 +119,8 @@ def reason(error):
 
 
 def _decode_reduced(path, enough):
-    """None where the file is no JPEG, or none that is large enough to be reduced."""
-    with Image.open(path) as file:
+    """None where the file is no JPEG, none that is large enough, or one that Pillow stumbles over: the whole decoder then has its say."""
+    with contextlib.suppress(Exception), Image.open(path) as file:
         if file.format in ("JPEG", "MPO") and min(file.size) >= 2 * enough:
             file.draft(None, (enough, enough))
             return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
@@ -271,7 +272,7 @@ def _memory_images(pixels, labels, classes, name):
 def reduced(images, crops):
     """The same images, large JPEG files decoded no larger than random crops need; crops: [(size, scale)], as of random_crops."""
     if getattr(images.read, "func", None) is not _read_file:
-        return images  # in memory
+        return images  # in memory already, or chosen from others: reduce those
     enough = max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in crops)  # the smallest crop, 3:4, is still `size` pixels on its shorter side
     return Images(functools.partial(images.read, enough=math.ceil(enough)), images.labels, images.classes, images.name)
 

@@ -7,8 +7,10 @@
 --answers=True for a CLeVER and a DINO run of that seed.
 
 A difference is taken image by image and seed by seed, for both sides saw the same images, perturbed alike, and their runs the same order of
-images and draws. Its interval over seeds is Student's t of the seeds' differences; that over images is a bootstrap of the test images, whose
-differences are first averaged over seeds. Both are of 95 %, and a claim is borne out where both lie above 0."""
+images and draws. Its interval over seeds is Student's t of the seeds' differences: what other runs would give on these images. That over images
+is a bootstrap of the test images, whose differences are first averaged over seeds: what these runs would give on other images. Both are of
+95 %, and so is, or wider, the interval over both, whose half width is the root of their sum of squares: by it a claim is borne out or not. No
+correction is made for the number of claims."""
 import glob
 import os
 import sys
@@ -25,44 +27,47 @@ BOOTSTRAPS = 10_000
 
 
 class Claim(NamedTuple):
-    """That `better` beats `worse` at one test: each (row, part), `judge` and `test` as in results.json (of probe.py its metric, fine-tuned the task)."""
+    """That `better` beats `worse`, each (row, part), at one test: task, judge and test as in results.json (of probe.py its metric)."""
     name: str
+    task: str
     judge: str
     test: str
     better: tuple
     worse: tuple
 
 
+CLEVER, DINO = ("clever", "full"), ("dino", "full")
+CHOSEN = "linear, chosen lr"
 CLAIMS = [
-    *[Claim(name, "linear, chosen lr", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
-    *[Claim(name, "ridge", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
-    *[Claim(name, "kNN", test, ("clever", "full"), ("dino", "full")) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
-    *[Claim("C3", "linear, chosen lr", test, ("clever", "full"), ("clever", "ir")) for test in ("ro", "cj+ro")],
-    Claim("C3", "ridge", "class, rotated", ("clever", "full"), ("clever", "ir")),
-    *[Claim("C7", "fine-tuned", test, ("clever", "full"), ("dino", "full")) for test in ("semi10", "folder")],  # folder: of classes not seen before
-    Claim("C4", "ridge", "which of 4 rotations", ("clever", "ef"), ("clever", "ir as wide")),
+    *[Claim(name, "linear", CHOSEN, test, CLEVER, DINO) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
+    *[Claim(name, "probe", "ridge", test, CLEVER, DINO) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
+    *[Claim(name, "probe", "kNN", test, CLEVER, DINO) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
+    *[Claim("C3", "linear", CHOSEN, test, CLEVER, ("clever", "ir")) for test in ("ro", "cj+ro")],
+    Claim("C3", "probe", "ridge", "class, rotated", CLEVER, ("clever", "ir")),
+    Claim("C4", "probe", "ridge", "which of 4 rotations", ("clever", "ef"), ("clever", "ir as wide")),
+    *[Claim("C7", task, "fine-tuned", "orig", CLEVER, DINO) for task in ("semi10", "folder")],  # folder: of classes not seen before
 ]
 
 
 def answers_of(path):
-    """A results.json -> {(judge, test, row, part): right, bool (n,)}. UsageError where the answers were not kept."""
+    """A results.json -> {(task, judge, test, row, part): share of each test image's answers that are right, (n,)}; rows without answers are passed over.
+
+    UsageError where two rows say the same thing. 'ir as wide': probe.py's second ir, of as many dimensions as ef."""
     found = {}
     for result in probe.read_results(path):
-        rows = result["rows"]
-        narrow = {row["row"]: row["dims"] for row in rows if row["part"] == "ef"}
-        for row in rows:
+        for row in result["rows"]:
             if "right" not in row:
-                if row["row"] == "chance":
-                    continue
-                raise UsageError(f"{path}: does not tell which images were right; evaluate again with --answers=True")
-            judge, test = row.get("judge"), row["test"]
+                continue
+            judge, test, part = row.get("judge"), row["test"], row["part"]
             if judge is None:  # probe.py's
                 test = row["metric"]
                 judge = "kNN" if test.startswith("kNN") else "ridge"
-            if judge == "fine-tuned":
-                test = result["task"]
-            part = "ir as wide" if (row["part"], row["dims"]) == ("ir", narrow.get(row["row"])) else row["part"]
-            found[judge, test, row["row"], part] = probe.unpacked(row["right"], row["n"])
+                part = "ir as wide" if (result["task"], judge, test, row["row"], part) in found and part == "ir" else part
+            name = result["task"], judge, test, row["row"], part
+            if name in found:
+                raise UsageError(f"{path}: holds two rows of {', '.join(name)}; give each evaluation of a seed once, another a folder of its own (--out)")
+            right = probe.unpacked(row["right"], row["n"])
+            found[name] = right.reshape(4 if test == "which of 4 rotations" else 1, -1).mean(0)  # an image's four turns are no four images
     return found
 
 
@@ -85,32 +90,36 @@ def interval_over_images(differences, seed=0):
 
 
 def weigh(claim, seeds):
-    """seeds: [answers_of] -> {claim, better and worse in % by seed, difference, its two intervals, verdict}; None where no seed has been measured."""
-    pairs = [[100.0 * answers[claim.judge, claim.test, *side] for side in (claim.better, claim.worse)] for answers in seeds
-             if all((claim.judge, claim.test, *side) in answers for side in (claim.better, claim.worse))]
+    """seeds: [answers_of] -> {claim, better and worse in % by seed, difference, its intervals, verdict}; None where no seed has been measured."""
+    sides = [(claim.task, claim.judge, claim.test, *side) for side in (claim.better, claim.worse)]
+    pairs = [[100.0 * answers[side] for side in sides] for answers in seeds if all(side in answers for side in sides)]
     if not pairs:
         return None
-    better, worse = np.array(pairs).transpose(1, 0, 2)  # (S, n) each, 100 or 0
+    if len({len(side) for pair in pairs for side in pair}) > 1:
+        raise UsageError(f"{', '.join(sides[0][:3])}: the seeds were tested on different numbers of images; evaluate them on the same")
+    better, worse = np.array(pairs).transpose(1, 0, 2)  # (S, n) each
     by_seed, by_image = (better - worse).mean(1), (better - worse).mean(0)
     over_seeds, over_images = interval_over_seeds(by_seed), interval_over_images(by_image)
-    low, high = min(over_seeds[0], over_images[0]), max(over_seeds[1], over_images[1])  # nan: of one seed
-    verdict = "one seed" if len(pairs) == 1 else "reproduced" if low > 0 else "contradicted" if high < 0 else "undecided"
-    return dict(claim=claim, better=better.mean(1), worse=worse.mean(1), difference=by_seed.mean(), over_seeds=over_seeds, over_images=over_images, verdict=verdict)
+    half = np.hypot(*((high - low) / 2 for low, high in (over_seeds, over_images)))  # nan: of one seed
+    over_both = by_seed.mean() - half, by_seed.mean() + half
+    verdict = "one seed" if len(pairs) == 1 else "reproduced" if over_both[0] > 0 else "contradicted" if over_both[1] < 0 else "undecided"
+    return dict(claim=claim, better=better.mean(1), worse=worse.mean(1), difference=by_seed.mean(), over_seeds=over_seeds, over_images=over_images,
+                over_both=over_both, verdict=verdict)
 
 
 def table_lines(weighed):
     """The table of RESULTS.md."""
-    yield "| claim | judge, test | better: by seed | worse: by seed | difference | over seeds | over images | verdict |"
-    yield "|---|---|---|---|--:|--:|--:|---|"
+    yield "| claim | task, judge, test | better: by seed | worse: by seed | difference | over seeds | over images | over both | verdict |"
+    yield "|---|---|---|---|--:|--:|--:|--:|---|"
     for w in weighed:
         claim = w["claim"]
         sides = (f"{' '.join(side)}: {', '.join(f'{value:.1f}' for value in w[name])}" for name, side in (("better", claim.better), ("worse", claim.worse)))
-        intervals = (f"{low:+.1f} .. {high:+.1f}" if low == low else "-" for low, high in (w["over_seeds"], w["over_images"]))
-        yield f"| {claim.name} | {claim.judge}, {claim.test} | {' | '.join(sides)} | {w['difference']:+.1f} | {' | '.join(intervals)} | {w['verdict']} |"
+        intervals = (f"{low:+.1f} .. {high:+.1f}" if low == low else "-" for low, high in (w["over_seeds"], w["over_images"], w["over_both"]))
+        yield f"| {claim.name} | {claim.task}, {claim.judge}, {claim.test} | {' | '.join(sides)} | {w['difference']:+.1f} | {' | '.join(intervals)} | {w['verdict']} |"
 
 
 def draw(weighed, path):
-    """The table as a picture: each difference a dot, its interval over seeds thin, over images thick."""
+    """The table as a picture: each difference a dot, its interval over images thick, over images and seeds thin."""
     try:
         import matplotlib
     except ImportError:
@@ -121,14 +130,14 @@ def draw(weighed, path):
     figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.42 * len(weighed)), layout="constrained")
     for y, w in enumerate(weighed):
         color = colors.get(w["verdict"], "tab:gray")
-        axes.plot(w["over_seeds"], (y, y), color=color, linewidth=1)
+        axes.plot(w["over_both"], (y, y), color=color, linewidth=1)
         axes.plot(w["over_images"], (y, y), color=color, linewidth=5, alpha=0.4, solid_capstyle="butt")
         axes.plot(w["difference"], y, "o", color=color)
     claims = [w["claim"] for w in weighed]
-    axes.set_yticks(range(len(weighed)), [f"{c.name}  {c.judge}, {c.test}: {' '.join(c.better)} - {' '.join(c.worse)}" for c in claims], fontsize=8)
+    axes.set_yticks(range(len(weighed)), [f"{c.name}  {c.task}, {c.judge}, {c.test}: {' '.join(c.better)} - {' '.join(c.worse)}" for c in claims], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("difference in points, 95 %: thin over seeds, thick over test images; green: both above 0, red: both below", fontsize=8)
+    axes.set_xlabel("difference in points, 95 %: thick over test images, thin over seeds as well; green: above 0, red: below, grey: undecided or one seed", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -147,7 +156,7 @@ def main(argv):
     seeds = [answers_of(path) for path in paths]
     weighed = [w for w in (weigh(claim, seeds) for claim in CLAIMS) if w]
     if not weighed:
-        raise UsageError(f"runs={config.runs}: no claim has both its sides there; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt")
+        raise UsageError(f"runs={config.runs}: no claim has both its sides there, with answers; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt --answers=True")
     print("\n".join(table_lines(weighed)))
     if config.picture:
         draw(weighed, config.picture)

@@ -1,4 +1,5 @@
 """What the tests share: a small folder of images, the command lines of a tiny run, where the optional real data lie."""
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,11 +69,15 @@ def run_script(*command, processes=1, check=True, timeout=300, **environment):
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:  # say where each process stands: faulthandler prints the stacks of one that is aborted
-            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            for pid in [*map(int, ranks), process.pid]:
-                os.kill(pid, signal.SIGABRT)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if children:
+                process.send_signal(signal.SIGSTOP)  # torchrun would end the other ranks
+            for pid in map(int, children or [process.pid]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
                 time.sleep(1)  # one after the other
-            out, err = process.communicate()
+            process.kill()
+            out, err = process.communicate(timeout=30)
             pytest.fail(f"no end after {timeout} s: {' '.join(command)}\n{out}\n{err}")
     done = subprocess.CompletedProcess(command, process.returncode, out, err)
     assert not check or done.returncode == 0, done.stdout + done.stderr

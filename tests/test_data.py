@@ -68,6 +68,12 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, side, enough, e
         assert (by_pixels - found).abs().mean() < 2  # of 255
 
 
+def test_what_pillow_refuses_to_reduce_is_decoded_whole(tmp_path, monkeypatch):
+    torchvision.io.write_jpeg(photo(200, 300), str(tmp_path / "a.jpg"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a decompression bomb to Pillow
+    assert data.decode(str(tmp_path / "a.jpg"), 50).shape == (3, 200, 300)
+
+
 def test_crops_of_reduced_images_are_the_crops(tmp_path):
     from augment import random_crops
     from draws import key

@@ -1,5 +1,6 @@
 """evidence.py: the intervals cover what they should, the verdict follows from them, RESULTS.md's tables are those of results/."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict
         write(tmp_path / f"seed{seed}", {("clever", "full"): ours, ("dino", "full"): 0.2}, seed)
     evidence.main([f"--runs={tmp_path}"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C1")]
-    assert verdict in line and "linear, chosen lr, orig" in line and line.count("|") == 9
+    assert verdict in line and "linear, linear, chosen lr, orig" in line and line.count("|") == 10
     seeds = [evidence.answers_of(tmp_path / f"seed{seed}" / "results.json") for seed in range(3)]
     weighed = evidence.weigh(evidence.CLAIMS[0], seeds)
     assert weighed["difference"] == pytest.approx(100 * (ours - 0.2), abs=1) and weighed["over_images"][0] < weighed["difference"] < weighed["over_images"][1]
@@ -61,14 +62,33 @@ def test_what_is_missing_is_told_in_a_line(tmp_path):
     run = [f"--runs={tmp_path}"]
     with pytest.raises(UsageError, match="holds no seed"):
         evidence.main(run)
-    (tmp_path / "seed0").mkdir()
-    (tmp_path / "seed0" / "results.json").write_text(json.dumps([dict(task="probe", rows=[dict(row="dino", part="full", dims=8, metric="kNN", test="orig", value=3.0, n=5, seed=0)])]))
-    with pytest.raises(UsageError, match="--answers=True"):
-        evidence.main(run)
-    (tmp_path / "seed0" / "results.json").unlink(), (tmp_path / "seed0").rmdir()
     write(tmp_path / "seed0", {("clever", "full"): 0.2}, 0)
     with pytest.raises(UsageError, match="no claim has both its sides"):
         evidence.main(run)
+    path = tmp_path / "seed0" / "results.json"
+    runs = json.loads(path.read_text())
+    path.write_text(json.dumps(runs + [dict(task="folder", rows=runs[0]["rows"])]))
+    assert len(evidence.answers_of(path)) == 2  # another task's row is another row
+    path.write_text(json.dumps(runs * 2))
+    with pytest.raises(UsageError, match="holds two rows of linear, linear, chosen lr, orig, clever, full"):
+        evidence.main(run)
+    for seed, n in ((0, 1500), (1, 1400)):
+        shutil.rmtree(tmp_path / f"seed{seed}", ignore_errors=True)
+        write(tmp_path / f"seed{seed}", {("clever", "full"): 0.3, ("dino", "full"): 0.2}, seed, n)
+    with pytest.raises(UsageError, match="different numbers of images"):
+        evidence.main(run)
+
+
+def test_the_four_turns_of_an_image_are_one_image_and_the_second_ir_is_the_narrow_one(tmp_path):
+    right = torch.arange(40) % 3 == 0
+    row = dict(row="clever", test="orig", metric="which of 4 rotations", value=0, seed=0, n=40, right=probe.packed(right))
+    rows = [dict(row, part="ir", dims=102), dict(row, part="ir", dims=26), dict(row, part="ef", dims=26), dict(row, part="full", dims=128)]
+    del rows[3]["right"]  # passed over
+    (tmp_path / "results.json").write_text(json.dumps([dict(task="probe", rows=rows)]))
+    found = evidence.answers_of(tmp_path / "results.json")
+    assert [name[-1] for name in found] == ["ir", "ir as wide", "ef"]
+    for share in found.values():
+        assert share.tolist() == [(right[i] + 0.0 + right[10 + i] + right[20 + i] + right[30 + i]).item() / 4 for i in range(10)]
 
 
 def test_the_picture_is_drawn(tmp_path):
