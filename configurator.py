@@ -171,8 +171,8 @@ def knobs(cls):
 def exit_on_usage_error(when_interrupted="stopped"):
     """For `if __name__ == '__main__'`, ends the process: a UsageError is one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    A rank of torchrun leaves without Python's own clearing up: threads of communication and of autograd that outlive the process group and still
-    hold tensors can make that wait for ever (PyTorch's issue 190489), and with one rank the whole job."""
+    A rank of torchrun leaves without Python's own clearing up: threads of communication and of autograd that still hold tensors can make that
+    wait for ever (PyTorch's issue 190489, probe.wait_for_ranks), and with one rank the whole job."""
     code = 0
     try:
         yield

@@ -427,7 +427,7 @@ def finish(task, protocol, partial, out, seconds, rows, published=()):
         probe.append_results(os.path.join(out, "results.json"), task.name, protocol, seconds, rows)
         print(f"{seconds:.0f} s; every number with its protocol is in {os.path.join(out, 'results.json')}")
     partial.remove()
-    probe.leave_processes()
+    probe.wait_for_ranks()
 
 
 def main(argv):

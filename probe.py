@@ -278,10 +278,12 @@ def host_group():
     return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
 
-def leave_processes():
+def wait_for_ranks():
+    """The end of a script: every rank has come so far. The process group stays as it is, for exit_on_usage_error ends the process without clearing
+    up: destroyed here, its last reference would be DistributedDataParallel's, which at its own end holds Python's lock while it waits for a
+    thread of communication that may want the lock to drop a tensor. Two runs of some thousand have hung there."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def choose_device(name):

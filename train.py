@@ -497,7 +497,7 @@ def main(argv):
         if main_rank:
             print(f"{config.out_dir} is finished: nothing to train. Raise --epochs only with another --out_dir, for it changes the whole schedule")
         finish(run, train, val, main_rank)
-        return probe.leave_processes()
+        return probe.wait_for_ranks()
 
     loader = data.train_loader(train, config, step, total, rank, world, device)
     broken_files, sums, notices = data.BrokenFiles(len(train)), {}, notices_of_the_end()
@@ -537,7 +537,7 @@ def main(argv):
     bar.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved
     finish(run, train, val, main_rank)
-    probe.leave_processes()
+    probe.wait_for_ranks()
 
 
 def greeting():
@@ -614,7 +614,7 @@ def stop_at(notice, step, config, main_rank):
     """Leave after a checkpoint, with the exit code that tells the signal: 143 of SIGTERM, 130 of SIGINT."""
     if main_rank:
         print(f"stopped by {signal.Signals(notice).name} after step {step}; the same command continues from there", file=sys.stderr, flush=True)
-    probe.leave_processes()
+    probe.wait_for_ranks()
     sys.exit(128 + notice)
 
 

@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 import probe
 from augment import PERTURBATIONS
-from conftest import arguments, run_script
+from conftest import ROOT, arguments, run_script
 from model import build_backbone
 
 CPU = torch.device("cpu")
@@ -106,3 +107,14 @@ def test_command_line_compares_two_runs(folder, tmp_path):
                            ([f"--ckpt={clever}", "--out=/nowhere"], "no such folder"), ([f"--ckpt={clever}", "--precision=half"], "choose from"), ([], "no checkpoint given")):
         done = run_script("probe.py", *wrong, check=False)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_process_group_outlives_the_script(tmp_path):
+    """Destroyed before DistributedDataParallel is gone, it could wait for ever for a thread that waits for Python's lock (probe.wait_for_ranks)."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        probe.wait_for_ranks()
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+    assert not [path.name for path in ROOT.glob("*.py") if "destroy_process_group" in path.read_text()]
