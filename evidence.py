@@ -133,11 +133,14 @@ def draw(weighed, path):
         axes.plot(w["over_both"], (y, y), color=color, linewidth=1)
         axes.plot(w["over_images"], (y, y), color=color, linewidth=5, alpha=0.4, solid_capstyle="butt")
         axes.plot(w["difference"], y, "o", color=color)
-    claims = [w["claim"] for w in weighed]
-    axes.set_yticks(range(len(weighed)), [f"{c.name}  {c.task}, {c.judge}, {c.test}: {' '.join(c.better)} - {' '.join(c.worse)}" for c in claims], fontsize=8)
+    labels = []
+    for claim in (w["claim"] for w in weighed):
+        test = claim.test if claim.test.startswith("kNN") else f"{claim.judge if claim.task == 'probe' else claim.task}, {claim.test}"
+        labels.append(f"{claim.name}  {test}: {' '.join(claim.better)} - {' '.join(claim.worse)}")
+    axes.set_yticks(range(len(weighed)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("difference in points, 95 %: thick over test images, thin over seeds as well; green: above 0, red: below, grey: undecided or one seed", fontsize=8)
+    axes.set_xlabel("difference in points, 95 %: thick over test images,\nthin over seeds as well; grey: undecided, or one seed", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

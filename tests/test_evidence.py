@@ -9,6 +9,7 @@ import torch
 import evidence
 import probe
 from configurator import UsageError
+from conftest import ROOT
 
 
 def test_answers_survive_their_packing():
@@ -97,3 +98,11 @@ def test_the_picture_is_drawn(tmp_path):
     evidence.main([f"--runs={tmp_path}", f"--picture={tmp_path / 'x.png'}"])
     from PIL import Image
     assert min(Image.open(tmp_path / "x.png").size) > 50
+
+
+def test_the_table_of_results_is_that_of_the_kept_answers(capsys):
+    evidence.main([f"--runs={ROOT / 'results' / 'tinyin40_seen'}"])
+    lines, text = capsys.readouterr().out.splitlines(), (ROOT / "RESULTS.md").read_text()
+    assert len(lines) > 10
+    for line in lines:
+        assert line in text, line
