@@ -131,10 +131,14 @@ def random_crops_of(device, batch, img_size, local_size):
     return [some.pin_memory() for some in crops] if device.type == "cuda" else crops
 
 
+def step_knobs(device, arch, patch_size, img_size, local_size, batch, out_dim):
+    return dict(arch=arch, patch_size=patch_size, img_size=img_size, local_size=local_size, batch_size=batch, out_dim=out_dim, local_crops=8, warmup_epochs=0,
+                freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch, device=device.type)
+
+
 def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
     """Whole steps on random crops; ours includes the device stage of the views, the textbook gets ready views."""
-    knobs = dict(arch=arch, patch_size=patch_size, img_size=img_size, local_size=local_size, batch_size=batch, out_dim=out_dim, local_crops=8, warmup_epochs=0,
-                 freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch, device=device.type)
+    knobs = step_knobs(device, arch, patch_size, img_size, local_size, batch, out_dim)
     crops = random_crops_of(device, batch, img_size, local_size)
     keys = key(0, torch.arange(batch))
     ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, **knobs), 1000, device) for precision, rate in (("auto", 0.1), ("fp32", 0.0)))
@@ -157,8 +161,7 @@ def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
 
 def compiled_row(device, batch):
     """A whole step with each block compiled; textbook: our own without."""
-    knobs = dict(arch="vit_tiny", patch_size=8, img_size=64, local_size=32, batch_size=batch, out_dim=4096, warmup_epochs=0, freeze_last_layer=0,
-                 log_every=10**6, max_batch_per_gpu=batch, device=device.type)
+    knobs = step_knobs(device, "vit_tiny", 8, 64, 32, batch, 4096)
     crops = random_crops_of(device, batch, 64, 32)
     keys = key(0, torch.arange(batch))
     compiled, eager = (train.make_run(Config(compile=wanted, **knobs), 1000, device) for wanted in (True, False))
@@ -245,7 +248,7 @@ def photo_row(H=2000, W=3000):
     torchvision.io.write_jpeg(((image - image.mean()) / image.std() * 0.22 + 0.5).clamp(0, 1).mul(255).to(torch.uint8), os.path.join(folder, "0.jpg"), quality=90)
     atexit.register(shutil.rmtree, folder)
     whole = data.open_images(folder, "train")
-    reduced = data.reduced(whole, [(224, (0.4, 1.0)), (96, (0.05, 0.4))])
+    reduced = data.reduced(whole, Config())
 
     def crops(images):
         return crop_views(images.read(0), key(0, torch.tensor(0)), 224, 96, 8, (0.4, 1.0), (0.05, 0.4))
@@ -278,8 +281,7 @@ def end_to_end_row(device, folder, arch, recipe, batch, n=64):
     ours, slow = (train.make_run(Config(precision=precision, drop_path=0.0, **knobs), 1000, device) for precision in ("auto", "fp32"))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
     dataset = _Transformed([images.name(i) for i in range(len(images))], textbook_views(RECIPES[recipe]))
-    reduced = data.reduced(images, [(224, (0.4, 1.0)), (96, (0.05, 0.4))])
-    many = data.subset(reduced, torch.arange(batch * steps) % len(images))
+    many = data.subset(data.reduced(images, ours.config), torch.arange(batch * steps) % len(images))
 
     def run_ours(steps=steps):
         for crops in data.train_loader(many, ours.config, 0, steps, 0, 1, device):

@@ -269,10 +269,11 @@ def _memory_images(pixels, labels, classes, name):
 # ------------------------------------------------------------------------------------------------ the same images otherwise, and some of them
 
 
-def reduced(images, crops):
-    """The same images, large JPEG files decoded no larger than random crops need; crops: [(size, scale)], as of random_crops."""
+def reduced(images, config):
+    """The same images, large JPEG files decoded no larger than the random crops of config need."""
     if getattr(images.read, "func", None) is not _read_file:
         return images  # in memory already, or chosen from others: reduce those
+    crops = [(config.img_size, config.global_scale), *[(config.local_size, config.local_scale)] * (config.local_crops > 0)]
     enough = max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in crops)  # the smallest crop, 3:4, is still `size` pixels on its shorter side
     return Images(functools.partial(images.read, enough=math.ceil(enough)), images.labels, images.classes, images.name)
 

@@ -455,8 +455,7 @@ def main(argv):
     if config.batch_size > len(train):
         raise UsageError(f"batch_size={config.batch_size} exceeds the {len(train)} images of {config.data}: lower it" +
                          (f", and start fewer than {world} ranks" if world > len(train) else ""))
-    crops = [(config.img_size, config.global_scale), *[(config.local_size, config.local_scale)] * (config.local_crops > 0)]
-    train, val = (images and data.reduced(images, crops) for images in (train, val))
+    train, val = (images and data.reduced(images, config) for images in (train, val))
     if config.cache == "ram":
         train, val = (images and data.in_memory(images, f"{config.data}'s {split} images", config.workers) for split, images in (("train", train), ("val", val)))
     steps_per_epoch = len(train) // config.batch_size

@@ -80,14 +80,15 @@ def test_crops_of_reduced_images_are_the_crops(tmp_path):
     for i in range(3):
         torchvision.io.write_jpeg(photo(1000, 1200, i), str(tmp_path / f"{i}.jpg"), quality=95)
     whole, crops = data.open_images(str(tmp_path), "train"), [(64, (0.25, 1.0)), (48, (0.1, 0.4))]
-    reduced = data.reduced(whole, crops)
+    config = tiny_config(img_size=64, global_scale=crops[0][1], local_size=48, local_scale=crops[1][1])
+    reduced = data.reduced(whole, config)
     assert reduced.read(0).shape == (3, 250, 300)  # 48 / sqrt(0.1 * 3 / 4) = 176 pixels are enough
     for i in range(3):
         for size, scale in crops:
             a, b = (random_crops(images.read(i), key(0, torch.tensor(i)), 4, size, scale).float() for images in (whole, reduced))
             assert (a - b).abs().mean() < 5 < 30 < (a - b.flip(0)).abs().mean()  # of 255; boxes are rounded to coarser pixels
     memory = data.shapes("train", 32, 10)
-    assert data.reduced(memory, crops) is memory
+    assert data.reduced(memory, config) is memory
 
 
 BROKEN = {"zero.jpg": b"", "text.jpg": b"hello", "cut.jpg": None, "noise.png": b"\x89PNG\r\n\x1a\n" + bytes(50)}
