@@ -141,7 +141,8 @@ def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
     knobs = step_knobs(device, arch, patch_size, img_size, local_size, batch, out_dim)
     crops = random_crops_of(device, batch, img_size, local_size)
     keys = key(0, torch.arange(batch))
-    ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, **knobs), 1000, device) for precision, rate in (("auto", 0.1), ("fp32", 0.0)))
+    ours, slow = (train.make_run(Config(precision=precision, drop_path=rate, compile=compiled, **knobs), 1000, device)
+                  for precision, rate, compiled in (("auto", 0.1, None), ("fp32", 0.0, False)))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
     views = [v.to(device) for v in augment_views(crops[0].to(device), crops[1].to(device), keys, slow.recipe)]
 
@@ -156,17 +157,28 @@ def step_row(device, arch, patch_size, img_size, local_size, batch, out_dim):
         vmamba.default_backend = None if device.type == "cuda" else "loop"
         return textbook_step(slow, views).item()
 
-    return Row(lambda: train.train_step(ours, 1, *crops, keys)["loss"].item(), textbook, batch, check, flops=True)
+    return Row(lambda: some_steps(ours, crops, keys), textbook, batch * steps_a_call(device), check, flops=True, textbook_images=batch)
 
 
-def compiled_row(device, batch):
-    """A whole step with each block compiled; textbook: our own without."""
-    knobs = step_knobs(device, "vit_tiny", 8, 64, 32, batch, 4096)
-    crops = random_crops_of(device, batch, 64, 32)
-    keys = key(0, torch.arange(batch))
-    compiled, eager = (train.make_run(Config(compile=wanted, **knobs), 1000, device) for wanted in (True, False))
-    ours, textbook = (lambda run=run: train.train_step(run, 1, *crops, keys)["loss"].item() for run in (compiled, eager))
-    return Row(ours, textbook, batch, lambda: must_agree("loss", ours(), textbook(), 1e-2), flops=True)
+def steps_a_call(device):
+    """So many that Python can run ahead of a GPU, as it does in training; textbook_step waits for each, as the scripts do."""
+    return 10 if device.type == "cuda" else 1
+
+
+def some_steps(run, crops, keys):
+    for _ in range(steps_a_call(run.device)):
+        logged = train.train_step(run, 1, *crops, keys)
+    return logged["loss"].item()  # waits for the device
+
+
+def step_without_row(device, what, batch=64):
+    """What one of a GPU's means brings to vit_small's step: 'compiled blocks' or 'side stream' of the views; textbook: our own without."""
+    knobs = step_knobs(device, "vit_small", 16, 224, 96, batch, 65536) | dict(recipe="caug+")
+    crops, keys = random_crops_of(device, batch, 224, 96), key(0, torch.arange(batch))
+    ours, without = (train.make_run(Config(compile=compiled, **knobs), 1000, device) for compiled in (None, None if what == "side stream" else False))
+    without.side_stream = None if what == "side stream" else without.side_stream
+    return Row(lambda: some_steps(ours, crops, keys), lambda: some_steps(without, crops, keys), batch * steps_a_call(device),
+               lambda: must_agree("loss", some_steps(ours, crops, keys), some_steps(without, crops, keys), 1e-2), flops=True)
 
 
 # ------------------------------------------------------------------------------------------------ the views
@@ -278,7 +290,7 @@ def end_to_end_row(device, folder, arch, recipe, batch, n=64):
     images = data.open_images(folder, "train")
     knobs = dict(arch=arch, patch_size=16, batch_size=batch, out_dim=4096, recipe=recipe, warmup_epochs=0, freeze_last_layer=0, log_every=10**6, max_batch_per_gpu=batch,
                  device=device.type, workers=workers)
-    ours, slow = (train.make_run(Config(precision=precision, drop_path=0.0, **knobs), 1000, device) for precision in ("auto", "fp32"))
+    ours, slow = (train.make_run(Config(precision=precision, drop_path=0.0, compile=compiled, **knobs), 1000, device) for precision, compiled in (("auto", None), ("fp32", False)))
     slow.optimizer = torch.optim.AdamW([p for p in slow.network.parameters() if p.requires_grad], lr=1e-6, foreach=False)
     dataset = _Transformed([images.name(i) for i in range(len(images))], textbook_views(RECIPES[recipe]))
     many = data.subset(data.reduced(images, ours.config), torch.arange(batch * steps) % len(images))
@@ -486,7 +498,7 @@ def rows(device, folder):
         **step("resnet18", 16, 224, 96, 65536, 4, 128),
         **step("resnet50", 16, 224, 96, 65536, 2, 64),
         **(step("vmamba_tiny", 16, 224, 96, 65536, 0, 32) if gpu else step("vmamba_micro", 16, 64, 32, 4096, 4, 0)),
-        **({"compiled blocks, step vit_tiny/8, batch 512": lambda: compiled_row(device, 512)} if gpu else {}),  # a CPU compiles for five minutes
+        **({f"step vit_small/16, CAug+, {what} or not": lambda what=what: step_without_row(device, what) for what in ("compiled blocks", "side stream")} if gpu else {}),
         **{f"views {name}, one core": lambda recipe=recipe: views_row(recipe) for recipe, name in RECIPE_NAMES},
         **({f"device stage of views {name}, batch 64": lambda recipe=recipe: device_views_row(device, recipe) for recipe, name in RECIPE_NAMES} if gpu else {}),
         "crops of a JPEG of 2000x3000, one core": lambda: photo_row(),

@@ -78,7 +78,7 @@ class Config:
     device: str = "auto"              # 'auto', 'cpu', 'cuda'
     precision: str = "auto"           # 'auto': 'bf16' autocast where the processor has it, else 'fp32'
     loss_images: int = 0              # images whose logits (views x K) are held at a time; 0: as many as fit 256 MB on a GPU, 32 MB on a CPU
-    compile: bool = False             # torch.compile of each backbone block
+    compile: bool = None              # torch.compile of the backbone's blocks; None: a ViT's and VMamba's on a GPU
     scan: str = "auto"                # VMamba's selective scan: 'triton' (the default on a GPU that has it), 'torch' (elsewhere), 'loop' (for comparison)
     # what is written
     out_dir: str = "out/run"

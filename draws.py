@@ -36,3 +36,15 @@ def noise(keys, n):
     """keys (...) int64 -> (..., n) float32, uniform in [-1, 1) in steps of 2^-15: four numbers a hash, for whole images of noise."""
     h = _mix(keys[..., None] + _GOLDEN * torch.arange(1, (n + 3) // 4 + 1, device=keys.device))
     return h.contiguous().view(torch.int16)[..., :n].float() / (1 << 15)
+
+
+def kept_branches(draws, rate, depth):
+    """Drop path (Huang et al. 2016), for each of `depth` blocks: what a sample's two branches are multiplied by, (B, 2), 0 where dropped and
+    1 / (1 - the block's rate) where kept. Rates rise from 0 in the first block to `rate` in the last.
+
+    draws (B, depth, 2): uniforms; None drops nothing: then it is None for each block. Factors, not rates, are given to the blocks: so those of a
+    network differ in tensors alone, and torch.compile makes one graph for all."""
+    if draws is None:
+        return [None] * depth
+    rates = torch.linspace(0, rate, depth, device=draws.device)[:, None]  # (depth, 1)
+    return ((draws >= rates) / (1 - rates)).unbind(1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 
 from configurator import UsageError, nearest
+from draws import kept_branches
 from vmamba import VMAMBAS, VMamba
 
 # ------------------------------------------------------------------------------------------------ the representation and its two parts
@@ -60,22 +61,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, drop_path):
+    def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-        self.drop_path = drop_path
 
-    def forward(self, x, draws=None, n=None):
-        """x (B, N, D) -> (B, n, D): the first n tokens (None: all), which attend to all N.
-
-        draws (B, 2) uniform in [0, 1): a sample's branch is dropped where they fall below the rate; None drops nothing."""
+    def forward(self, x, kept=None, n=None):
+        """x (B, N, D) -> (B, n, D): the first n tokens (None: all), which attend to all N. kept (B, 2): of kept_branches; None drops nothing."""
         n = n or x.shape[1]
-        kept = (1.0, 1.0)
-        if draws is not None and self.drop_path:
-            kept = ((draws >= self.drop_path) / (1 - self.drop_path))[:, :, None, None].unbind(1)  # 2 x (B, 1, 1)
+        kept = (1.0, 1.0) if kept is None else kept[:, :, None, None].unbind(1)  # 2 x (B, 1, 1)
         x = x[:, :n] + kept[0] * self.attn(self.norm1(x), n)
         return x + kept[1] * self.mlp(self.norm2(x))
 
@@ -91,8 +87,8 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, dim))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are dropped more often
-        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
+        self.drop_path = drop_path
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -121,11 +117,11 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], 1)
 
     def forward(self, x, draws=None):
-        """x (B, 3, H, W) -> the normalised CLS token (B, dim). draws (B, depth, 2): drop path's uniforms, see Block."""
-        x = self.embed(x)
+        """x (B, 3, H, W) -> the normalised CLS token (B, dim). draws (B, depth, 2): drop path's uniforms; None drops nothing."""
+        x, kept = self.embed(x), kept_branches(draws, self.drop_path, len(self.blocks))
         for i, block in enumerate(self.blocks):
             only_cls = 1 if i == len(self.blocks) - 1 else None  # of the last block nothing else is used, so nothing else is computed
-            x = block(x, None if draws is None else draws[:, i], only_cls)
+            x = block(x, kept[i], only_cls)
         return self.norm(x[:, 0])
 
     def tokens(self, x, n=1):

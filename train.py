@@ -12,6 +12,7 @@ import atexit
 import copy
 import fcntl
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -78,6 +79,7 @@ class Run:
     centers: dict                     # head -> centre (K,); empty where there is no teacher
     recipe: tuple                     # augment.Recipe
     skipped: torch.Tensor             # (2,) int64: steps skipped so far, and in a row up to now, because a gradient was not finite
+    side_stream: torch.cuda.Stream | None  # of a GPU: for the views, beside the step before
 
 
 def distil(run, step, views, draws):
@@ -163,8 +165,15 @@ def train_step(run, step, global_crops, local_crops, keys):
 
 def views_of(run, global_crops, local_crops, keys):
     """The crops as the network sees them, an entry a call of the backbone: [(2, B, 3, G, G), (L, B, 3, l, l)]; of SimSiam and DDCL the two
-    views apart, [(1, B, 3, G, G)] * 2, for batch norm sees one at a time."""
-    views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
+    views apart, [(1, B, 3, G, G)] * 2, for batch norm sees one at a time.
+
+    On a GPU they are made in a stream of their own: Python is ahead of the card, so that is while the card is still at the step before."""
+    with torch.cuda.stream(run.side_stream) if run.side_stream else nullcontext():
+        views = augment_views(global_crops.to(run.device, non_blocking=True), local_crops.to(run.device, non_blocking=True), keys, run.recipe)
+    if run.side_stream:
+        torch.cuda.current_stream().wait_stream(run.side_stream)
+        for view in views:
+            view.record_stream(torch.cuda.current_stream())  # or their memory would be taken for the next views while this step still reads them
     return views if run.centers else list(views[0].split(1))
 
 
@@ -239,9 +248,12 @@ def make_run(config, steps_per_epoch, device, world=1):
         synchronise_batch_norm(network, device), synchronise_batch_norm(teacher, device)
         student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                                             broadcast_buffers=False)
+    if config.compile is None:  # a CPU gains little and compiles for a minute; a ResNet would be one large graph
+        config.compile = device.type == "cuda" and hasattr(network.backbone, "blocks") and importlib.util.find_spec("triton") is not None
+        torch._dynamo.config.suppress_errors = config.compile  # what was not asked for must not end a run: it goes on without
     if config.compile:
         vmamba.keep_out_of_graphs()
-        torch._dynamo.config.recompile_limit = 128  # a graph a block, resolution and network, for their drop path rates differ
+        torch._dynamo.config.recompile_limit = 32  # blocks of one width share a graph: one a width, resolution, and with gradients or without
         for net in (network, teacher) if teaches else (network,):
             for block in getattr(net.backbone, "blocks", [net.backbone]):
                 block.compile(dynamic=False)
@@ -249,7 +261,8 @@ def make_run(config, steps_per_epoch, device, world=1):
     switched_off = {name: (0.0, 0.0, 0.0) for name in ("blur", "solarize") if not getattr(config, name)}
     _, autocast = probe.choose_precision(config.precision, device)
     return Run(config, steps_per_epoch, device, autocast, student, network, teacher, make_optimizer(network, config), centers,
-               RECIPES[config.recipe]._replace(**switched_off), torch.zeros(2, dtype=torch.int64, device=device))
+               RECIPES[config.recipe]._replace(**switched_off), torch.zeros(2, dtype=torch.int64, device=device),
+               torch.cuda.Stream(device) if device.type == "cuda" else None)
 
 
 def make_optimizer(network, config):

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UsageError
+from draws import kept_branches
 
 BACKENDS = ("loop", "torch", "triton")
 default_backend = None  # what backend=None means; None: Triton on a GPU that has it, else torch. The scripts set it from --scan
@@ -472,19 +473,16 @@ NO_DECAY = ("A_logs", "Ds", "dt_projs_bias")  # parameters that weight decay lea
 class VSSBlock(nn.Module):
     """x (B, H, W, width) -> the same: SS2D and an MLP, each behind a norm and beside a skip."""
 
-    def __init__(self, width, ratio, drop_path):
+    def __init__(self, width, ratio):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.op = SS2D(width, ratio)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)))
-        self.drop_path = drop_path
 
-    def forward(self, x, draws=None):
-        """draws (B, 2) uniform in [0, 1): a sample's branch is dropped where they fall below the rate; None drops nothing."""
-        kept = (1.0, 1.0)
-        if draws is not None and self.drop_path:
-            kept = ((draws >= self.drop_path) / (1 - self.drop_path))[:, :, None, None, None].unbind(1)  # 2 x (B, 1, 1, 1)
+    def forward(self, x, kept=None):
+        """kept (B, 2): of kept_branches; None drops nothing."""
+        kept = (1.0, 1.0) if kept is None else kept[:, :, None, None, None].unbind(1)  # 2 x (B, 1, 1, 1)
         x = x + kept[0] * self.op(self.norm(x))
         return x + kept[1] * self.mlp(self.norm2(x))
 
@@ -506,14 +504,13 @@ class VMamba(nn.Module):
     def __init__(self, width, depths, ratio, drop_path=0.0):
         super().__init__()
         self.stride, widths = 32, [width * 2**i for i in range(len(depths))]
-        self.dim = widths[-1]
-        rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]  # deeper blocks are dropped more often
+        self.dim, self.drop_path = widths[-1], drop_path
         rows, channels = _ToRows(0, 2, 3, 1), _ToRows(0, 3, 1, 2)
         self.patch_embed = nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1), rows, nn.LayerNorm(width // 2), channels, nn.GELU(),
                                          nn.Conv2d(width // 2, width, 3, 2, 1), rows, nn.LayerNorm(width))  # (B, H/4, W/4, width)
         self.layers = nn.ModuleList()
         for i, (depth, w) in enumerate(zip(depths, widths)):
-            blocks = nn.Sequential(*(VSSBlock(w, ratio, rates[sum(depths[:i]) + j]) for j in range(depth)))
+            blocks = nn.Sequential(*(VSSBlock(w, ratio) for _ in range(depth)))
             down = nn.Sequential(channels, nn.Conv2d(w, 2 * w, 3, 2, 1), rows, nn.LayerNorm(2 * w)) if i + 1 < len(depths) else nn.Identity()
             self.layers.append(nn.Sequential(OrderedDict(blocks=blocks, downsample=down)))
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(self.dim)))
@@ -526,18 +523,17 @@ class VMamba(nn.Module):
         return [block for layer in self.layers for block in layer.blocks]
 
     def forward(self, x, draws=None):
-        """x (B, 3, H, W) -> (B, dim). draws (B, depth, 2): drop path's uniforms, see VSSBlock."""
+        """x (B, 3, H, W) -> (B, dim). draws (B, depth, 2): drop path's uniforms; None drops nothing."""
         return self.feature_map(x, draws).mean((1, 2))
 
     def feature_map(self, x, draws=None):
         """x (B, 3, H, W) -> the last stage's normalised map (B, H / 32, W / 32, dim), of which forward is the mean."""
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
             raise UsageError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: VMamba's stride of {self.stride} must divide both sides")
-        x, done = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), 0
+        x, kept = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), iter(kept_branches(draws, self.drop_path, len(self.blocks)))
         for layer in self.layers:
             for block in layer.blocks:
-                x = block(x, None if draws is None else draws[:, done])                            # (B, H/s, W/s, width of the stage)
-                done += 1
+                x = block(x, next(kept))                                                           # (B, H/s, W/s, width of the stage)
             x = layer.downsample(x)
         return self.classifier.norm(x)
 

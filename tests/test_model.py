@@ -10,6 +10,7 @@ import torchvision
 import model
 from configurator import UsageError
 from conftest import tiny_config
+from draws import kept_branches
 
 
 def dino_vit_shapes(dim, depth, img_size, patch_size):
@@ -97,18 +98,31 @@ def test_a_patch_that_does_not_divide_is_refused():
 
 def test_drop_path_drops_by_its_draws_and_keeps_the_expectation():
     torch.manual_seed(0)
-    block = model.Block(16, 2, 0.25)
+    block = model.Block(16, 2)
     x = torch.randn(4, 5, 16)
     draws = torch.tensor([[0.1, 0.1], [0.9, 0.9], [0.1, 0.9], [0.25, 0.24]])
-    out = block(x, draws)
+    first, last = kept_branches(draws[:, None].expand(-1, 2, -1), 0.25, 2)  # a network of two blocks
+    assert torch.equal(first, torch.ones(4, 2))
+    out = block(x, last)
     assert torch.equal(out[0], x[0])
     middle = x + block.attn(block.norm1(x), 5) / 0.75
     torch.testing.assert_close(out[3], middle[3])
     torch.testing.assert_close(out[1], (middle + block.mlp(block.norm2(middle)) / 0.75)[1])
     torch.testing.assert_close(out[2], (x + block.mlp(block.norm2(x)) / 0.75)[2])
-    torch.testing.assert_close(block(x), block(x, torch.ones(4, 2) * 2) * 0 + block(x, None))
-    vit = model.build_backbone("vit_micro", 32, 8, drop_path=0.5)
-    assert vit.blocks[0].drop_path == 0 and vit.blocks[-1].drop_path == 0.5
+    torch.testing.assert_close(block(x), block(x, first))
+    middle, last = (kept_branches(torch.full((1, 6, 2), 0.15), 0.5, 6)[i] for i in (2, 5))
+    torch.testing.assert_close(middle, torch.zeros(1, 2)), torch.testing.assert_close(last, torch.zeros(1, 2))  # rates of 0.2 and 0.5
+    vit, images = model.build_backbone("vit_micro", 32, 8, drop_path=0.5), torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(vit(images, torch.zeros(4, 6, 2) + 0.6), with_every_branch_scaled(vit, images))
+
+
+def with_every_branch_scaled(vit, images):
+    """Every branch kept: the expectation, block by block, by the formula."""
+    x = vit.embed(images)
+    for i, block in enumerate(vit.blocks):
+        x = x + block.attn(block.norm1(x), x.shape[1]) / (1 - 0.5 * i / 5)
+        x = x + block.mlp(block.norm2(x)) / (1 - 0.5 * i / 5)
+    return vit.norm(x)[:, 0]
 
 
 @pytest.mark.parametrize("dim, ratio, d_ir", [(384, 0.8, 307), (128, 0.8, 102), (192, 0.5, 96), (10, 1.0, 10), (2048, 0.95, 1945)])

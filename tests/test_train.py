@@ -153,6 +153,23 @@ def test_compiled_step_is_the_eager_step(folder):
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_share_their_graphs(folder, monkeypatch):
+    """Six graphs: the student's at two resolutions and the teacher's at one, and each again for the last block, which computes CLS alone. Not one a
+    block, which would compile for minutes."""
+    from torch._dynamo.testing import CompileCounter
+    counter, compile_module = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=counter, **options))
+    for name in ("scan_loop", "scan_torch", "scan_triton"):
+        monkeypatch.setattr(train.vmamba, name, getattr(train.vmamba, name))  # so that they are put back
+    torch._dynamo.reset()
+    config = tiny_config(compile=True, drop_path=0.3)
+    run = train.make_run(config, 5, CPU)
+    for step in range(2):
+        train.train_step(run, step, *batch_of(data.open_images(str(folder), "train"), config, step))
+    assert len(run.network.backbone.blocks) == 6 and counter.frame_count == 6
+    assert train.make_run(tiny_config(), 5, CPU).config.compile is False  # the CPU's default
+
+
 # ------------------------------------------------------------------------------------------------ processes
 
 
@@ -327,3 +344,16 @@ def test_a_gpu_step_is_the_cpu_step(folder):
     terms = [train.train_step(train.make_run(tiny_config(device=str(d.type)), 5, d), 0, *batch_of(images, config))["loss"].cpu()
              for d in (CPU, torch.device("cuda", 0))]
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_views_made_beside_the_step_before_are_the_same_views(folder):
+    """Were their memory taken too early, some of many steps that never wait would see other views than steps that always do."""
+    images, config, device = data.open_images(str(folder), "train"), tiny_config(compile=False, precision="fp32", lr=0.0, min_lr=0.0, weight_decay=0.0, weight_decay_end=0.0), torch.device("cuda", 0)
+    batches, losses = [batch_of(images, config, step) for step in range(5)] * 20, []
+    for beside in (True, False):
+        run = train.make_run(config, 100, device)
+        assert run.side_stream is not None
+        run.side_stream = run.side_stream if beside else None
+        losses.append([train.train_step(run, step, *batch)["L_CL"] if beside else train.train_step(run, step, *batch)["L_CL"].cpu() for step, batch in enumerate(batches)])
+    torch.testing.assert_close(torch.stack(losses[0]).cpu(), torch.stack(losses[1]), rtol=1e-4, atol=1e-4)

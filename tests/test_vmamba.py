@@ -231,7 +231,7 @@ def test_a_compiled_block_is_the_eager_one(monkeypatch):
         monkeypatch.setattr(vmamba, name, getattr(vmamba, name))  # so that they are put back
     vmamba.keep_out_of_graphs()
     torch.manual_seed(0)
-    block, x = vmamba.VSSBlock(32, 1.0, 0.0), torch.randn(2, 4, 4, 32)
+    block, x = vmamba.VSSBlock(32, 1.0), torch.randn(2, 4, 4, 32)
     compiled = torch.compile(block, backend="aot_eager", dynamic=False)
     for model in (block, compiled):
         x_ = x.clone().requires_grad_()
