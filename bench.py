@@ -3,6 +3,7 @@
     python bench.py                    all rows, one to two minutes each on two CPU cores
     python bench.py --rows=step        rows whose name contains 'step'
     python bench.py --json=bench.json  also to a file
+    python bench.py --profile=True --rows=vit_tiny      instead: where our side's time goes
 
 Textbook: the same mathematics as the published scripts write it. A step in fp32, losses by a loop over pairs, every token through the last
 block, clip and EMA by a loop over parameters; the views image by image through torchvision's transforms on Pillow images. Each side is a
@@ -56,6 +57,7 @@ class BenchConfig:
     repeats: int = 7      # of each side, after one warm-up; the medians are compared
     device: str = "auto"
     json: str = ""        # also write the rows to this file
+    profile: bool = False # instead of comparing, share out our side's time among PyTorch's operators
 
 
 RECIPE_NAMES = (("baug", "BAug"), ("caug", "CAug"), ("caug+", "CAug+"))
@@ -586,6 +588,19 @@ def count_flops(call):
     return counter.get_total_flops()
 
 
+def profile_lines(call, device, calls=3, most=12):
+    """Where a call's time goes, by operator, those that take most of it first: on a GPU its own time, else the processor's."""
+    call()
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU], acc_events=True) as profiler:
+        for _ in range(calls):
+            call()
+    spent = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(spent.values())
+    for name, microseconds in sorted(spent.items(), key=lambda item: -item[1])[:most]:
+        yield f"{microseconds / total:6.1%}  {microseconds / calls / 1e3:8.1f} ms  {name}"
+
+
 def main(argv):
     config = configure(BenchConfig, argv)
     device = choose_device(config.device)
@@ -595,6 +610,12 @@ def main(argv):
         raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(known)}")
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist")
+    if config.profile:
+        if device.type == "cpu":
+            probe.keep_freed_memory()
+        for name, make in chosen.items():
+            print("\n".join([f"{name}: share of our side's time, a call's milliseconds, operator", *profile_lines(make().ours, device)]), flush=True)
+        return
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     precision, most = choose_precision("auto", device)[0], limits(device)
     print(f"{machine}, torch {torch.__version__}, {precision}: at most {most['flops'] / 1e9:,.0f} GFLOP/s, {most['bytes'] / 1e9:,.0f} GB/s; "

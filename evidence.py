@@ -3,11 +3,11 @@
     python evidence.py --runs=results/tinyin40_seen                               the table
     python evidence.py --runs=results/tinyin40_seen --picture=docs/evidence.png   and its picture, which takes matplotlib
 
---runs has a folder for each seed, seed0, seed1, ...: in it the results.json that eval_linear.py, probe.py and eval_downstream.py wrote with
---answers=True for a CLeVER and a DINO run of that seed.
+--runs has a folder for each seed, seed0, seed1, ..., or for each setting that has them, SETTING/seed0, ...: in it the results.json that the
+evaluations wrote (eval_linear.py, probe.py and eval_downstream.py with --answers=True) for a CLeVER and a DINO run of that seed.
 
 A difference is taken image by image and seed by seed, for both sides saw the same images, perturbed alike, and their runs the same order of
-images and draws. Its interval over seeds is Student's t of the seeds' differences: what other runs would give on these images. That over images
+images and draws (of videos, object by object). Its interval over seeds is Student's t of the seeds' differences: what other runs would give on these images. That over images
 is a bootstrap of the test images, whose differences are first averaged over seeds: what these runs would give on other images. Both are of
 95 %, and so is, or wider, the interval over both, whose half width is the root of their sum of squares: by it a claim is borne out or not. No
 correction is made for the number of claims."""
@@ -27,48 +27,90 @@ BOOTSTRAPS = 10_000
 
 
 class Claim(NamedTuple):
-    """That `better` beats `worse`, each (row, part), at one test: task, judge and test as in results.json (of probe.py its metric)."""
+    """That `better` beats `worse`, each (setting, row, part), at one test: task, judge and test as in results.json (of probe.py its metric).
+
+    beyond: two sides more, whose own difference is taken off: that the gain is larger than theirs."""
     name: str
     task: str
     judge: str
     test: str
     better: tuple
     worse: tuple
+    beyond: tuple = ()
 
 
-CLEVER, DINO = ("clever", "full"), ("dino", "full")
 CHOSEN = "linear, chosen lr"
+
+
+def clever_and_dino(setting=""):
+    return (setting, "clever", "full"), (setting, "dino", "full")
+
+
+def clever(setting, part="full"):
+    return setting, "clever", part
+
+
 CLAIMS = [
-    *[Claim(name, "linear", CHOSEN, test, CLEVER, DINO) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
-    *[Claim(name, "probe", "ridge", test, CLEVER, DINO) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
-    *[Claim(name, "probe", "kNN", test, CLEVER, DINO) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
-    *[Claim("C3", "linear", CHOSEN, test, CLEVER, ("clever", "ir")) for test in ("ro", "cj+ro")],
-    Claim("C3", "probe", "ridge", "class, rotated", CLEVER, ("clever", "ir")),
-    Claim("C4", "probe", "ridge", "which of 4 rotations", ("clever", "ef"), ("clever", "ir as wide")),
-    *[Claim("C7", task, "fine-tuned", "orig", CLEVER, DINO) for task in ("semi10", "folder")],  # folder: of classes not seen before
+    *[Claim(name, "linear", CHOSEN, test, *clever_and_dino()) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
+    *[Claim(name, "probe", "ridge", test, *clever_and_dino()) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
+    *[Claim(name, "probe", "kNN", test, *clever_and_dino()) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
+    *[Claim("C3", "linear", CHOSEN, test, clever(""), clever("", "ir")) for test in ("ro", "cj+ro")],
+    Claim("C3", "probe", "ridge", "class, rotated", clever(""), clever("", "ir")),
+    Claim("C4", "probe", "ridge", "which of 4 rotations", clever("", "ef"), clever("", "ir as wide")),
+    *[Claim("C7", task, "fine-tuned", "orig", *clever_and_dino()) for task in ("semi10", "folder")],  # folder: of classes not seen before
+    Claim("C8", "davis", "propagated", "J&F", *clever_and_dino()),
+    Claim("C8", "saliency", "TokenCut", "IoU, solver", *clever_and_dino()),
+    # of settings: other backbones, views and knobs
+    *[claim for setting in ("resnet18", "vmamba_micro") for claim in (
+        *[Claim(name, "linear", CHOSEN, test, *clever_and_dino(setting)) for name, test in (("C1", "orig"), ("C2", "cj+ro"))],
+        *[Claim(name, "probe", "ridge", test, *clever_and_dino(setting)) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
+        Claim("C3", "probe", "ridge", "class, rotated", clever(setting), clever(setting, "ir")),
+        Claim("C4", "probe", "ridge", "which of 4 rotations", clever(setting, "ef"), clever(setting, "ir as wide")))],
+    Claim("C2", "linear", CHOSEN, "cj+ro+et", *clever_and_dino("caug+")),
+    Claim("C2", "linear", CHOSEN, "cj+ro+et", *clever_and_dino("caug+"), beyond=clever_and_dino("vit_micro")),
+    Claim("C6", "linear", CHOSEN, "orig", *clever_and_dino("vit_micro"), beyond=clever_and_dino("vit_tiny")),
+    *[Claim("C9", "linear", CHOSEN, "orig", clever("vit_micro"), clever(other)) for other in ("ratio0.5", "ratio0.95", "lam0", "lam0.01")],
 ]
 
 
 def answers_of(path):
-    """A results.json -> {(task, judge, test, row, part): share of each test image's answers that are right, (n,)}; rows without answers are passed over.
+    """A results.json -> {(task, judge, test, row, part): score of each test image, (n,) in 0 .. 1}: the share of its answers that are right; of a
+    video's object its J&F; of saliency one number, the table's. Rows of neither kind are passed over.
 
     UsageError where two rows say the same thing. 'ir as wide': probe.py's second ir, of as many dimensions as ef."""
     found = {}
+
+    def keep(name, scores):
+        if name in found:
+            raise UsageError(f"{path}: holds two rows of {', '.join(name)}; give each evaluation of a seed once, another a folder of its own (--out)")
+        found[name] = np.array(scores)
+
     for result in probe.read_results(path):
+        task, objects = result["task"], {}
         for row in result["rows"]:
-            if "right" not in row:
-                continue
-            judge, test, part = row.get("judge"), row["test"], row["part"]
-            if judge is None:  # probe.py's
-                test = row["metric"]
-                judge = "kNN" if test.startswith("kNN") else "ridge"
-                part = "ir as wide" if (result["task"], judge, test, row["row"], part) in found and part == "ir" else part
-            name = result["task"], judge, test, row["row"], part
-            if name in found:
-                raise UsageError(f"{path}: holds two rows of {', '.join(name)}; give each evaluation of a seed once, another a folder of its own (--out)")
-            right = probe.unpacked(row["right"], row["n"])
-            found[name] = right.reshape(4 if test == "which of 4 rotations" else 1, -1).mean(0)  # an image's four turns are no four images
+            judge, test, metric, part = row.get("judge"), row["test"], row["metric"], row["part"]
+            if task == "saliency":
+                keep((task, "TokenCut", metric, row["row"], part), [row["value"] / 100])
+            elif task == "davis" and metric == "J&F" and test != result["rows"][-1]["test"]:  # the last rows are of all objects
+                objects.setdefault((task, "propagated", metric, row["row"], part), []).append(row["value"] / 100)
+            elif "right" in row:
+                if judge is None:  # probe.py's
+                    judge, test = "kNN" if metric.startswith("kNN") else "ridge", metric
+                    part = "ir as wide" if part == "ir" and (task, judge, test, row["row"], part) in found else part
+                right = probe.unpacked(row["right"], row["n"])
+                keep((task, judge, test, row["row"], part), right.reshape(4 if test == "which of 4 rotations" else 1, -1).mean(0))  # an image's turns are no four images
+        for name, scores in objects.items():
+            keep(name, scores)
     return found
+
+
+def seeds_of(folder):
+    """folder/seedS/results.json and folder/SETTING/seedS/results.json -> a dict for each seed, {(setting, task, judge, test, row, part): as answers_of}."""
+    seeds = {}
+    for setting in ("", *sorted(os.listdir(folder) if os.path.isdir(folder) else ())):
+        for path in glob.glob(os.path.join(folder, setting, "seed*", "results.json")):
+            seeds.setdefault(os.path.basename(os.path.dirname(path)), {}).update({(setting, *name): scores for name, scores in answers_of(path).items()})
+    return [seeds[seed] for seed in sorted(seeds)]
 
 
 def interval_over_seeds(differences):
@@ -83,26 +125,31 @@ def interval_over_seeds(differences):
 
 
 def interval_over_images(differences, seed=0):
-    """Of each image's difference, an array (n,) -> low, high, the 2.5 and 97.5 % of the means of BOOTSTRAPS samples with replacement."""
+    """Of each image's difference, an array (n,) -> low, high, the 2.5 and 97.5 % of the means of BOOTSTRAPS samples with replacement; nan for a single number."""
+    if len(differences) == 1:
+        return np.nan, np.nan
     rng, n = np.random.default_rng(seed), len(differences)
     means = [differences[rng.integers(0, n, n)].mean() for _ in range(BOOTSTRAPS)]
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
 def weigh(claim, seeds):
-    """seeds: [answers_of] -> {claim, better and worse in % by seed, difference, its intervals, verdict}; None where no seed has been measured."""
-    sides = [(claim.task, claim.judge, claim.test, *side) for side in (claim.better, claim.worse)]
+    """seeds: of seeds_of -> {claim, better and worse in % by seed, difference, its intervals, verdict}; None where no seed has been measured."""
+    sides = [(setting, claim.task, claim.judge, claim.test, row, part) for setting, row, part in (claim.better, claim.worse, *claim.beyond)]
     pairs = [[100.0 * answers[side] for side in sides] for answers in seeds if all(side in answers for side in sides)]
     if not pairs:
         return None
     if len({len(side) for pair in pairs for side in pair}) > 1:
-        raise UsageError(f"{', '.join(sides[0][:3])}: the seeds were tested on different numbers of images; evaluate them on the same")
-    better, worse = np.array(pairs).transpose(1, 0, 2)  # (S, n) each
+        raise UsageError(f"{', '.join(sides[0][1:4])}: the seeds were tested on different numbers of images; evaluate them on the same")
+    better, worse, *beyond = np.array(pairs).transpose(1, 0, 2)  # (S, n) each
+    if beyond:  # a gain against a gain
+        better, worse = better - worse, beyond[0] - beyond[1]
     by_seed, by_image = (better - worse).mean(1), (better - worse).mean(0)
     over_seeds, over_images = interval_over_seeds(by_seed), interval_over_images(by_image)
     half = np.hypot(*((high - low) / 2 for low, high in (over_seeds, over_images)))  # nan: of one seed
-    over_both = by_seed.mean() - half, by_seed.mean() + half
-    verdict = "one seed" if len(pairs) == 1 else "reproduced" if over_both[0] > 0 else "contradicted" if over_both[1] < 0 else "undecided"
+    over_both = (by_seed.mean() - half, by_seed.mean() + half) if better.shape[1] > 1 else over_seeds
+    low, high = over_images if len(pairs) == 1 else over_both
+    verdict = ("reproduced" if low > 0 else "contradicted" if high < 0 else "undecided") + (", one seed" if len(pairs) == 1 else "")
     return dict(claim=claim, better=better.mean(1), worse=worse.mean(1), difference=by_seed.mean(), over_seeds=over_seeds, over_images=over_images,
                 over_both=over_both, verdict=verdict)
 
@@ -113,9 +160,17 @@ def table_lines(weighed):
     yield "|---|---|---|---|--:|--:|--:|--:|---|"
     for w in weighed:
         claim = w["claim"]
-        sides = (f"{' '.join(side)}: {', '.join(f'{value:.1f}' for value in w[name])}" for name, side in (("better", claim.better), ("worse", claim.worse)))
+        sides = (f"{what}: {', '.join(f'{value:.1f}' for value in w[name])}" for name, what in zip(("better", "worse"), sides_in_words(claim)))
         intervals = (f"{low:+.1f} .. {high:+.1f}" if low == low else "-" for low, high in (w["over_seeds"], w["over_images"], w["over_both"]))
         yield f"| {claim.name} | {claim.task}, {claim.judge}, {claim.test} | {' | '.join(sides)} | {w['difference']:+.1f} | {' | '.join(intervals)} | {w['verdict']} |"
+
+
+def sides_in_words(claim):
+    """-> what stands on each side: 'clever full', 'ratio0.5 clever full', or of a gain against a gain 'caug+ clever full - dino full'."""
+    better, worse = (" ".join(side).strip() for side in (claim.better, claim.worse))
+    if not claim.beyond:
+        return better, worse
+    return [f"{' '.join(first)} - {' '.join(second[1:])}" for first, second in ((claim.better, claim.worse), claim.beyond)]
 
 
 def draw(weighed, path):
@@ -136,7 +191,7 @@ def draw(weighed, path):
     labels = []
     for claim in (w["claim"] for w in weighed):
         test = claim.test if claim.test.startswith("kNN") else f"{claim.judge if claim.task == 'probe' else claim.task}, {claim.test}"
-        labels.append(f"{claim.name}  {test}: {' '.join(claim.better)} - {' '.join(claim.worse)}")
+        labels.append(f"{claim.name}  {test}: {' against '.join(sides_in_words(claim))}")
     axes.set_yticks(range(len(weighed)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
@@ -147,16 +202,15 @@ def draw(weighed, path):
 @dataclass
 class EvidenceConfig:
     """Knobs of evidence.py: the paper's claims as differences between runs, with intervals."""
-    runs: str = ""      # folder with seed0/results.json, seed1/results.json, ...
+    runs: str = ""      # folder with seed0/results.json, seed1/results.json, ..., or with settings that have them
     picture: str = ""   # also draw the table to this PNG
 
 
 def main(argv):
     config = configure(EvidenceConfig, argv)
-    paths = sorted(glob.glob(os.path.join(config.runs, "seed*", "results.json")))
-    if not paths:
+    seeds = seeds_of(config.runs)
+    if not seeds:
         raise UsageError(f"runs={config.runs}: holds no seed*/results.json; eval_linear.py and probe.py write one with --answers=True --out=.../seed0")
-    seeds = [answers_of(path) for path in paths]
     weighed = [w for w in (weigh(claim, seeds) for claim in CLAIMS) if w]
     if not weighed:
         raise UsageError(f"runs={config.runs}: no claim has both its sides there, with answers; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt --answers=True")

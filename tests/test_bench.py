@@ -26,6 +26,13 @@ def test_a_rows_two_sides_run_and_agree():
         assert row.images == images and (images == 1 or bench.count_flops(row.ours) > 1e5)
 
 
+def test_a_profile_shares_out_a_rows_time(capsys):
+    bench.main(["--profile=True", "--rows=label propagation", "--device=cpu"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert title.startswith("label propagation") and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
+
+
 def test_recorded_rows_are_rows():
     """A row of the README's tables that has been renamed or removed could not be repeated."""
     on_a_gpu = bench.rows(torch.device("cuda"), "")  # nothing is built yet
