@@ -173,7 +173,7 @@ def normalize(x):
     return torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
 
 
-def _on(device, values):
+def to_device(device, values):
     """A CPU tensor on `device`; to a GPU through pinned memory, from which the copy does not make us wait."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
@@ -184,7 +184,7 @@ def _on_rows(x, mask, function):
     if len(chosen) == len(x):
         return function(x, chosen)
     if len(chosen):
-        on_device = _on(x.device, chosen)
+        on_device = to_device(x.device, chosen)
         x[on_device] = function(x[on_device], chosen)
     return x
 
@@ -201,12 +201,12 @@ def warp(x, flip, angle, alpha, elastic_key):
     centres = (2 * torch.arange(S, device=x.device) + 1) / S - 1  # of pixels, in [-1, 1]
     grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).repeat(N, 1, 1, 1)  # (N, S, S, 2) of (x, y)
     elastic = alpha.nonzero()[:, 0]
-    on_device = _on(x.device, elastic)
+    on_device = to_device(x.device, elastic)
     if len(elastic):
-        grid[on_device] += elastic_displacement(_on(x.device, alpha[elastic]), _on(x.device, elastic_key[elastic]), S)
+        grid[on_device] += elastic_displacement(to_device(x.device, alpha[elastic]), to_device(x.device, elastic_key[elastic]), S)
         in_rotated = _inside(grid[on_device])  # (n, S, S)
     radians = torch.deg2rad(angle)
-    cos, sin, mirror = _on(x.device, torch.stack([radians.cos(), radians.sin(), 1 - 2.0 * flip]))[:, :, None, None]  # (N, 1, 1) each
+    cos, sin, mirror = to_device(x.device, torch.stack([radians.cos(), radians.sin(), 1 - 2.0 * flip]))[:, :, None, None]  # (N, 1, 1) each
     grid_x, grid_y = grid.unbind(-1)  # elementwise, for a matrix product might be rounded to TF32 or, under autocast, to bf16
     grid = torch.stack([mirror * (cos * grid_x - sin * grid_y), sin * grid_x + cos * grid_y], -1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -245,7 +245,7 @@ def gaussian_matrix(S, sigma, radius):
 
 def blur(x, sigma):
     """x (N, 3, S, S), sigma (N,) pixels -> the same, blurred."""
-    matrix = gaussian_matrix(x.shape[-1], _on(x.device, sigma), BLUR_RADIUS)[:, None]
+    matrix = gaussian_matrix(x.shape[-1], to_device(x.device, sigma), BLUR_RADIUS)[:, None]
     return matrix @ x @ matrix.mT
 
 
@@ -264,10 +264,10 @@ def color_jitter(x, factors, hue, order):
     for place in range(4):
         due = order[:, place]  # (N,): 0 brightness, 1 contrast, 2 saturation, 3 hue
         factor = factors.gather(1, due.clamp(max=2)[:, None])[:, 0].masked_fill(due == 3, 1)
-        f, of_mean, of_grey = (_on(x.device, v)[:, None, None, None] for v in (factor, (1 - factor) * (due == 1), (1 - factor) * (due == 2)))
+        f, of_mean, of_grey = (to_device(x.device, v)[:, None, None, None] for v in (factor, (1 - factor) * (due == 1), (1 - factor) * (due == 2)))
         luma = grey(x)
         x = (f * x + (of_grey * luma + of_mean * luma.mean((2, 3), keepdim=True))).clamp_(0, 1)
-        x = _on_rows(x, (due == 3) & (hue != 0), lambda rows, chosen: turn_hue(rows, _on(x.device, hue[chosen])))
+        x = _on_rows(x, (due == 3) & (hue != 0), lambda rows, chosen: turn_hue(rows, to_device(x.device, hue[chosen])))
     return x
 
 

@@ -523,13 +523,19 @@ def table_line(row):
     return f"| {row['row']:49} | " + " | ".join(f"{cell:22}" for cell in cells) + f" | {row['ratio']:.2f}x | {memory:>14} | {limit:>4} |"
 
 
+def settle(device):
+    """What train.py does to its process before it trains."""
+    if device.type == "cpu":
+        probe.keep_freed_memory()
+    elif choose_precision("auto", device)[0] == "bf16":
+        torch.set_float32_matmul_precision("high")
+
+
 def side_of(name, side, device, folder, pipe):
     """One side of a row in its own process: for each message that comes, makes one call and answers (seconds, MB that the call added at its peak)."""
     multiprocessing.set_start_method("fork", force=True)  # for loading workers; a spawned process would spawn them
-    if side == "ours" and device.type == "cpu":
-        probe.keep_freed_memory()
-    if choose_precision("auto", device)[0] == "bf16" and device.type == "cuda" and side == "ours":
-        torch.set_float32_matmul_precision("high")  # as train.py
+    if side == "ours":
+        settle(device)
     call = getattr(rows(device, folder)[name](), side)
     pipe.send("ready")
     while pipe.recv():
@@ -589,7 +595,7 @@ def count_flops(call):
 
 
 def profile_lines(call, device, calls=3, most=12):
-    """Where a call's time goes, by operator, those that take most of it first: on a GPU its own time, else the processor's."""
+    """Where a call's time goes, by operator, those that take most of it first; on a GPU by kernel, and of all kernels' time, in whatever stream."""
     call()
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU], acc_events=True) as profiler:
@@ -611,10 +617,9 @@ def main(argv):
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist")
     if config.profile:
-        if device.type == "cpu":
-            probe.keep_freed_memory()
+        settle(device)
         for name, make in chosen.items():
-            print("\n".join([f"{name}: share of our side's time, a call's milliseconds, operator", *profile_lines(make().ours, device)]), flush=True)
+            print("\n".join([f"{name}: share of our side's time, a call's milliseconds, operator (on a GPU kernel)", *profile_lines(make().ours, device)]), flush=True)
         return
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     precision, most = choose_precision("auto", device)[0], limits(device)

@@ -220,6 +220,8 @@ def _parse(cls, name, text):
 def _typed(cls, name, value):
     """`value` as the knob's type, or a UsageError; an int serves as a float, a list as a tuple, nothing else is converted."""
     kind = _field(cls, name).type
+    if value is None and _field(cls, name).default is None:  # to be found out
+        return None
     if kind is float and type(value) is int or kind is tuple and type(value) is list:
         value = kind(value)
     if type(value) is not kind or value != value:

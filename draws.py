@@ -47,4 +47,4 @@ def kept_branches(draws, rate, depth):
     if draws is None:
         return [None] * depth
     rates = torch.linspace(0, rate, depth, device=draws.device)[:, None]  # (depth, 1)
-    return ((draws >= rates) / (1 - rates)).unbind(1)
+    return list(((draws >= rates) / (1 - rates)).unbind(1))

@@ -7,10 +7,11 @@
 evaluations wrote (eval_linear.py, probe.py and eval_downstream.py with --answers=True) for a CLeVER and a DINO run of that seed.
 
 A difference is taken image by image and seed by seed, for both sides saw the same images, perturbed alike, and their runs the same order of
-images and draws (of videos, object by object). Its interval over seeds is Student's t of the seeds' differences: what other runs would give on these images. That over images
+images and draws. Its interval over seeds is Student's t of the seeds' differences: what other runs would give on these images. That over images
 is a bootstrap of the test images, whose differences are first averaged over seeds: what these runs would give on other images. Both are of
-95 %, and so is, or wider, the interval over both, whose half width is the root of their sum of squares: by it a claim is borne out or not. No
-correction is made for the number of claims."""
+95 %, and so is, or wider, the interval over both, whose half width is the root of their sum of squares: by it a claim is reproduced, contradicted or
+undecided. A single seed tells only which side is ahead on its images. eval_seg.py's tables give one number a seed: then seeds alone judge, which
+covers both sources of chance where each seed draws its own images, as the built-in shapes do. No correction is made for the number of claims."""
 import glob
 import os
 import sys
@@ -58,8 +59,8 @@ CLAIMS = [
     Claim("C3", "probe", "ridge", "class, rotated", clever(""), clever("", "ir")),
     Claim("C4", "probe", "ridge", "which of 4 rotations", clever("", "ef"), clever("", "ir as wide")),
     *[Claim("C7", task, "fine-tuned", "orig", *clever_and_dino()) for task in ("semi10", "folder")],  # folder: of classes not seen before
-    Claim("C8", "davis", "propagated", "J&F", *clever_and_dino()),
-    Claim("C8", "saliency", "TokenCut", "IoU, solver", *clever_and_dino()),
+    Claim("C8", "davis", "propagated", "J&F, shapes", *clever_and_dino()),
+    Claim("C8", "saliency", "TokenCut", "IoU, solver, shapes", *clever_and_dino()),
     # of settings: other backbones, views and knobs
     *[claim for setting in ("resnet18", "vmamba_micro") for claim in (
         *[Claim(name, "linear", CHOSEN, test, *clever_and_dino(setting)) for name, test in (("C1", "orig"), ("C2", "cj+ro"))],
@@ -73,9 +74,13 @@ CLAIMS = [
 ]
 
 
+SETTINGS = {side[0] for claim in CLAIMS for side in (claim.better, claim.worse, *claim.beyond)}
+SEG_JUDGES = dict(davis="propagated", saliency="TokenCut")  # tasks of eval_seg.py
+
+
 def answers_of(path):
-    """A results.json -> {(task, judge, test, row, part): score of each test image, (n,) in 0 .. 1}: the share of its answers that are right; of a
-    video's object its J&F; of saliency one number, the table's. Rows of neither kind are passed over.
+    """A results.json -> {(task, judge, test, row, part): score of each test image, (n,) in 0 .. 1}: the share of its answers that are right, or for
+    videos and saliency the table's one number. Other rows are passed over.
 
     UsageError where two rows say the same thing. 'ir as wide': probe.py's second ir, of as many dimensions as ef."""
     found = {}
@@ -86,21 +91,17 @@ def answers_of(path):
         found[name] = np.array(scores)
 
     for result in probe.read_results(path):
-        task, objects = result["task"], {}
+        task = result["task"]
         for row in result["rows"]:
-            judge, test, metric, part = row.get("judge"), row["test"], row["metric"], row["part"]
-            if task == "saliency":
-                keep((task, "TokenCut", metric, row["row"], part), [row["value"] / 100])
-            elif task == "davis" and metric == "J&F" and test != result["rows"][-1]["test"]:  # the last rows are of all objects
-                objects.setdefault((task, "propagated", metric, row["row"], part), []).append(row["value"] / 100)
+            if task in SEG_JUDGES and row["test"] == result["rows"][-1]["test"]:  # others are of single objects
+                keep((task, SEG_JUDGES[task], f"{row['metric']}, {row['test']}", row["row"], row["part"]), [row["value"] / 100])
             elif "right" in row:
+                judge, test, part = row.get("judge"), row["test"], row["part"]
                 if judge is None:  # probe.py's
-                    judge, test = "kNN" if metric.startswith("kNN") else "ridge", metric
+                    judge, test = "kNN" if row["metric"].startswith("kNN") else "ridge", row["metric"]
                     part = "ir as wide" if part == "ir" and (task, judge, test, row["row"], part) in found else part
                 right = probe.unpacked(row["right"], row["n"])
                 keep((task, judge, test, row["row"], part), right.reshape(4 if test == "which of 4 rotations" else 1, -1).mean(0))  # an image's turns are no four images
-        for name, scores in objects.items():
-            keep(name, scores)
     return found
 
 
@@ -109,6 +110,8 @@ def seeds_of(folder):
     seeds = {}
     for setting in ("", *sorted(os.listdir(folder) if os.path.isdir(folder) else ())):
         for path in glob.glob(os.path.join(folder, setting, "seed*", "results.json")):
+            if setting not in SETTINGS:
+                raise UsageError(f"{path}: no claim is about a setting {setting!r}; CLAIMS knows {', '.join(sorted(SETTINGS - {''}))}")
             seeds.setdefault(os.path.basename(os.path.dirname(path)), {}).update({(setting, *name): scores for name, scores in answers_of(path).items()})
     return [seeds[seed] for seed in sorted(seeds)]
 
@@ -125,7 +128,7 @@ def interval_over_seeds(differences):
 
 
 def interval_over_images(differences, seed=0):
-    """Of each image's difference, an array (n,) -> low, high, the 2.5 and 97.5 % of the means of BOOTSTRAPS samples with replacement; nan for a single number."""
+    """Of each image's difference, an array (n,) -> low, high, the 2.5 and 97.5 % of the means of BOOTSTRAPS samples with replacement; nan for one number."""
     if len(differences) == 1:
         return np.nan, np.nan
     rng, n = np.random.default_rng(seed), len(differences)
@@ -140,7 +143,7 @@ def weigh(claim, seeds):
     if not pairs:
         return None
     if len({len(side) for pair in pairs for side in pair}) > 1:
-        raise UsageError(f"{', '.join(sides[0][1:4])}: the seeds were tested on different numbers of images; evaluate them on the same")
+        raise UsageError(f"{', '.join(sides[0][1:4])}: {' and '.join(sides_in_words(claim))} were tested on different numbers of images, or their seeds were; evaluate all on the same")
     better, worse, *beyond = np.array(pairs).transpose(1, 0, 2)  # (S, n) each
     if beyond:  # a gain against a gain
         better, worse = better - worse, beyond[0] - beyond[1]
@@ -148,8 +151,8 @@ def weigh(claim, seeds):
     over_seeds, over_images = interval_over_seeds(by_seed), interval_over_images(by_image)
     half = np.hypot(*((high - low) / 2 for low, high in (over_seeds, over_images)))  # nan: of one seed
     over_both = (by_seed.mean() - half, by_seed.mean() + half) if better.shape[1] > 1 else over_seeds
-    low, high = over_images if len(pairs) == 1 else over_both
-    verdict = ("reproduced" if low > 0 else "contradicted" if high < 0 else "undecided") + (", one seed" if len(pairs) == 1 else "")
+    (low, high), words = (over_images, ("ahead, one seed", "behind, one seed", "undecided, one seed")) if len(pairs) == 1 else (over_both, ("reproduced", "contradicted", "undecided"))
+    verdict = words[0] if low > 0 else words[1] if high < 0 else words[2]
     return dict(claim=claim, better=better.mean(1), worse=worse.mean(1), difference=by_seed.mean(), over_seeds=over_seeds, over_images=over_images,
                 over_both=over_both, verdict=verdict)
 
@@ -167,10 +170,9 @@ def table_lines(weighed):
 
 def sides_in_words(claim):
     """-> what stands on each side: 'clever full', 'ratio0.5 clever full', or of a gain against a gain 'caug+ clever full - dino full'."""
-    better, worse = (" ".join(side).strip() for side in (claim.better, claim.worse))
-    if not claim.beyond:
-        return better, worse
-    return [f"{' '.join(first)} - {' '.join(second[1:])}" for first, second in ((claim.better, claim.worse), claim.beyond)]
+    if claim.beyond:
+        return [f"{' '.join(first)} - {' '.join(second[1:])}" for first, second in ((claim.better, claim.worse), claim.beyond)]
+    return [" ".join(side).strip() for side in (claim.better, claim.worse)]
 
 
 def draw(weighed, path):
@@ -210,7 +212,7 @@ def main(argv):
     config = configure(EvidenceConfig, argv)
     seeds = seeds_of(config.runs)
     if not seeds:
-        raise UsageError(f"runs={config.runs}: holds no seed*/results.json; eval_linear.py and probe.py write one with --answers=True --out=.../seed0")
+        raise UsageError(f"runs={config.runs}: holds no seed*/results.json, nor SETTING/seed*/results.json; eval_linear.py and probe.py write one with --answers=True --out=.../seed0")
     weighed = [w for w in (weigh(claim, seeds) for claim in CLAIMS) if w]
     if not weighed:
         raise UsageError(f"runs={config.runs}: no claim has both its sides there, with answers; evaluate a CLeVER run with --compare=the DINO run's ckpt.pt --answers=True")

@@ -32,10 +32,10 @@ import data
 import losses
 import probe
 import vmamba
-from augment import RECIPES, augment_views, denormalize
+from augment import RECIPES, augment_views, denormalize, to_device
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
-from model import Network, build_network, load_backbone, read_checkpoint, save_atomically, split, synchronise_batch_norm
+from model import VITS, Network, build_network, load_backbone, read_checkpoint, save_atomically, split, synchronise_batch_norm
 
 MAY_CHANGE = ("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_images", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
 MOST_SKIPPED = 3  # steps in a row whose gradients are not finite before a run stops
@@ -200,7 +200,7 @@ def drop_path_draws(backbone, views, keys, rate):
     for images in views:
         n, B = images.shape[:2]
         u = uniforms(key(keys, first + torch.arange(n)[:, None]), 2 * depth)  # (n, B, 2 * depth)
-        draws.append(u.view(n, B, depth, 2).to(images.device, non_blocking=True))
+        draws.append(to_device(images.device, u.view(n, B, depth, 2)))
         first += n
     return draws
 
@@ -248,12 +248,12 @@ def make_run(config, steps_per_epoch, device, world=1):
         synchronise_batch_norm(network, device), synchronise_batch_norm(teacher, device)
         student = torch.nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                                             broadcast_buffers=False)
-    if config.compile is None:  # a CPU gains little and compiles for a minute; a ResNet would be one large graph
-        config.compile = device.type == "cuda" and hasattr(network.backbone, "blocks") and importlib.util.find_spec("triton") is not None
-        torch._dynamo.config.suppress_errors = config.compile  # what was not asked for must not end a run: it goes on without
+    if config.compile is None:  # a CPU gains little and compiles for minutes; a ResNet would be one large graph, a block of VMamba six
+        config.compile = device.type == "cuda" and config.arch in VITS and importlib.util.find_spec("triton") is not None
+        go_on_uncompiled(config.compile)
     if config.compile:
         vmamba.keep_out_of_graphs()
-        torch._dynamo.config.recompile_limit = 32  # blocks of one width share a graph: one a width, resolution, and with gradients or without
+        torch._dynamo.config.recompile_limit = 64  # a ViT's blocks share six graphs, VMamba's those of four widths
         for net in (network, teacher) if teaches else (network,):
             for block in getattr(net.backbone, "blocks", [net.backbone]):
                 block.compile(dynamic=False)
@@ -263,6 +263,12 @@ def make_run(config, steps_per_epoch, device, world=1):
     return Run(config, steps_per_epoch, device, autocast, student, network, teacher, make_optimizer(network, config), centers,
                RECIPES[config.recipe]._replace(**switched_off), torch.zeros(2, dtype=torch.int64, device=device),
                torch.cuda.Stream(device) if device.type == "cuda" else None)
+
+
+def go_on_uncompiled(wanted):
+    """Whether a graph that cannot be compiled is done without, rather than an error: what nobody asked for must not end a run."""
+    torch._dynamo.config.suppress_errors = wanted
+    torch._functorch.config.force_non_lazy_backward_lowering = wanted  # or the backward's failure would come later, where nothing is waiting for it
 
 
 def make_optimizer(network, config):
@@ -374,6 +380,7 @@ def picture_views(run, images):
     return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
 
 
+@torch.compiler.set_stance("force_eager")  # its batches would be compiled for, each size once
 def evaluate(run, train, val, workers):
     """kNN accuracy on clean and on rotated validation images for each part, and the collapse watch -> {name: number}."""
     config, ratio = run.config, run.network.ratio
@@ -391,6 +398,7 @@ def evaluate(run, train, val, workers):
     return numbers
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def collapse_watch(run, train):
     """What the heads make of two views of the run's first batch -> {name: number}; the same on every rank.
@@ -669,6 +677,7 @@ def was_judged(path, step, main_rank, device):
     return losses.mean_over_ranks(torch.tensor(float(found), device=device)).item() > 0
 
 
+@torch.compiler.set_stance("force_eager")
 def finish(run, train, val, main_rank):
     """With probe_at_end: the probe's table of this run beside the same backbone untrained, once."""
     config, start = run.config, time.perf_counter()

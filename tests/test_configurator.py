@@ -16,6 +16,7 @@ def test_defaults_file_and_command_line_override_in_this_order(tmp_path):
     assert (config.lr, config.epochs, config.method, config.blur, config.alpha) == (1e-3, 30, "dino", False, 2.0)
     assert config.global_scale == (0.3, 1) and config.local_scale == (0.1, 0.3) and config.out_dim_ef == config.out_dim
     assert configure(Config, ["--epochs=30", str(path)]).epochs == 30  # the command line wins wherever it stands
+    assert configure(Config, ["--compile=True"]).compile is True and configure(Config, ["--compile=None"]).compile is None  # as --help shows it
 
 
 @pytest.mark.parametrize("argument, message", [

@@ -55,7 +55,7 @@ def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict
     seeds = evidence.seeds_of(tmp_path)
     weighed = evidence.weigh(evidence.CLAIMS[0], seeds)
     assert weighed["difference"] == pytest.approx(100 * (ours - 0.2), abs=1) and weighed["over_images"][0] < weighed["difference"] < weighed["over_images"][1]
-    assert evidence.weigh(evidence.CLAIMS[0], seeds[:1])["verdict"] == f"{verdict}, one seed"
+    assert evidence.weigh(evidence.CLAIMS[0], seeds[:1])["verdict"] == dict(reproduced="ahead", contradicted="behind").get(verdict, verdict) + ", one seed"
     assert evidence.weigh(evidence.CLAIMS[1], seeds) is None  # nothing measured
 
 
@@ -90,6 +90,40 @@ def test_the_four_turns_of_an_image_are_one_image_and_the_second_ir_is_the_narro
     assert [name[-1] for name in found] == ["ir", "ir as wide", "ef"]
     for share in found.values():
         assert share.tolist() == [(right[i] + 0.0 + right[10 + i] + right[20 + i] + right[30 + i]).item() / 4 for i in range(10)]
+
+
+def test_a_gain_is_held_against_a_gain_of_another_setting(tmp_path, capsys):
+    for seed in range(3):
+        for setting, clever in (("vit_micro", 0.5), ("vit_tiny", 0.35)):
+            (tmp_path / setting).mkdir(exist_ok=True)
+            write(tmp_path / setting / f"seed{seed}", {("clever", "full"): clever, ("dino", "full"): 0.3}, seed)
+    evidence.main([f"--runs={tmp_path}"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C6")]
+    assert "vit_micro clever full - dino full: 19.4, 20.6, 18.5" in line and "vit_tiny clever full - dino full: " in line and line.endswith("| reproduced |")
+    [claim] = [claim for claim in evidence.CLAIMS if claim.name == "C6"]
+    assert evidence.weigh(claim, evidence.seeds_of(tmp_path))["difference"] == pytest.approx(15, abs=1.5)  # (50 - 30) - (35 - 30)
+    shutil.rmtree(tmp_path / "vit_tiny" / "seed2")  # a seed that lacks a side does not count
+    assert len(evidence.weigh(claim, evidence.seeds_of(tmp_path))["better"]) == 2
+    (tmp_path / "vit_tinny").mkdir()
+    write(tmp_path / "vit_tinny" / "seed0", {("clever", "full"): 0.3}, 0)
+    with pytest.raises(UsageError, match="no claim is about a setting 'vit_tinny'; CLAIMS knows .*vit_tiny"):
+        evidence.main([f"--runs={tmp_path}"])
+
+
+def test_videos_and_saliency_are_judged_over_seeds_alone(tmp_path):
+    def row(name, test, metric, value):
+        return dict(row=name, part="full", dims=8, test=test, metric=metric, value=value, n=4, seed=0)
+    for seed, gain in enumerate((4.0, 5.0, 6.0)):
+        videos = [row(name, test, "J&F", value) for test, shift in (("shapes0_1", -30), ("shapes", 0)) for name, value in (("clever", 60 + gain + shift), ("dino", 60))]
+        photos = [row(name, "shapes", "IoU, solver", value) for name, value in (("clever", 60 - gain), ("dino", 60))]
+        others = [row(name, "ECSSD", "IoU, solver", 50) for name in ("clever", "dino")]
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "results.json").write_text(json.dumps([dict(task="davis", rows=videos), dict(task="saliency", rows=photos), dict(task="saliency", rows=others)]))
+    davis, saliency = (evidence.weigh(claim, evidence.seeds_of(tmp_path)) for claim in evidence.CLAIMS if claim.name == "C8")
+    half = 4.303 / 3**0.5
+    assert davis["over_both"] == davis["over_seeds"] == pytest.approx((5 - half, 5 + half)) and all(np.isnan(davis["over_images"])) and davis["verdict"] == "reproduced"
+    assert saliency["difference"] == pytest.approx(-5) and saliency["verdict"] == "contradicted"
+    assert evidence.weigh(davis["claim"], evidence.seeds_of(tmp_path)[:1])["verdict"] == "undecided, one seed"
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -1,6 +1,7 @@
 """Training as a user runs it: schedules, one process equals two, it continues bit for bit, it learns, mistakes are one line (tests of faults: test_faults.py)."""
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -166,8 +167,40 @@ def test_blocks_share_their_graphs(folder, monkeypatch):
     run = train.make_run(config, 5, CPU)
     for step in range(2):
         train.train_step(run, step, *batch_of(data.open_images(str(folder), "train"), config, step))
-    assert len(run.network.backbone.blocks) == 6 and counter.frame_count == 6
+    train.evaluate(run, data.open_images(str(folder), "train"), None, 0)
+    assert len(run.network.backbone.blocks) == 6 and counter.frame_count == 6  # none for the evaluation
     assert train.make_run(tiny_config(), 5, CPU).config.compile is False  # the CPU's default
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails):
+    """As on a GPU, where nobody has asked for it; with --compile=True it is an error."""
+    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func
+
+    def refuse(graph, _):
+        raise RuntimeError("no such instruction")
+
+    def keep(graph, _):
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=refuse if fails == "forward" else keep, bw_compiler=refuse if fails == "backward" else keep)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=backend, **options))
+    for name in ("scan_loop", "scan_torch", "scan_triton"):
+        monkeypatch.setattr(train.vmamba, name, getattr(train.vmamba, name))  # so that they are put back
+    images, config, terms = data.open_images(str(folder), "train"), tiny_config(compile=True), []
+    try:
+        for wanted in (True, False):
+            torch._dynamo.reset()
+            train.go_on_uncompiled(wanted)
+            run = train.make_run(config, 5, CPU)
+            with nullcontext() if wanted else pytest.raises(Exception, match="no such instruction"):
+                terms.append(train.train_step(run, 0, *batch_of(images, config))["loss"])
+    finally:
+        train.go_on_uncompiled(False), torch._dynamo.reset()
+    eager = train.train_step(train.make_run(tiny_config(), 5, CPU), 0, *batch_of(images, config))["loss"]
+    assert len(terms) == 1 and torch.equal(terms[0], eager)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -350,10 +383,16 @@ def test_a_gpu_step_is_the_cpu_step(folder):
 def test_views_made_beside_the_step_before_are_the_same_views(folder):
     """Were their memory taken too early, some of many steps that never wait would see other views than steps that always do."""
     images, config, device = data.open_images(str(folder), "train"), tiny_config(compile=False, precision="fp32", lr=0.0, min_lr=0.0, weight_decay=0.0, weight_decay_end=0.0), torch.device("cuda", 0)
-    batches, losses = [batch_of(images, config, step) for step in range(5)] * 20, []
+    batches, losses = [[tensor.pin_memory() for tensor in batch_of(images, config, step)] for step in range(5)] * 20, []
     for beside in (True, False):
         run = train.make_run(config, 100, device)
         assert run.side_stream is not None
         run.side_stream = run.side_stream if beside else None
-        losses.append([train.train_step(run, step, *batch)["L_CL"] if beside else train.train_step(run, step, *batch)["L_CL"].cpu() for step, batch in enumerate(batches)])
-    torch.testing.assert_close(torch.stack(losses[0]).cpu(), torch.stack(losses[1]), rtol=1e-4, atol=1e-4)
+        losses.append([])
+        for step, batch in enumerate(batches):
+            if beside:
+                torch.cuda._sleep(10_000_000)  # some milliseconds: so the card is behind, as it is with larger networks
+            losses[-1].append(train.train_step(run, step, *batch)["L_CL"])
+            if not beside:
+                torch.cuda.synchronize()
+    torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-4, atol=1e-4)
