@@ -444,7 +444,7 @@ def share_of_lengths(first, now):
 def collapse_warnings(numbers, config):
     """Plain words for numbers that mean a collapse; numbers: what was last logged and evaluated."""
     for head, K, mend in (("ir", config.out_dim, "lower teacher_temp or lr, or train longer"),
-                          ("ef", config.out_dim_ef, "that alone brings L_Orth down to 1/K, and ef learns little from it; lower teacher_temp or raise beta")):
+                          ("ef", config.out_dim_ef, "that alone brings L_Orth down to 1/K, and ef learns little from it; raise beta or lower lam")):
         entropy = numbers.get(f"H_{head}")
         if entropy is not None and entropy > 0.99 * math.log(K):
             yield f"the teacher's {head} output is all but uniform (entropy {entropy:.3f} of ln K = {math.log(K):.3f}): {mend}"
