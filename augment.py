@@ -162,7 +162,7 @@ def transform(images, params):
     x = images.float() / 255
     x = warp(x, params["flip"], params["angle"], params["elastic"], params["elastic_key"])
     x = color_jitter(x, params["factors"], params["hue"], params["order"])
-    x = _on_rows(x, params["grey"], lambda rows, _: grey(rows).expand(-1, 3, -1, -1))
+    x = _on_rows(x, params["grey"], lambda rows, _: grey(rows).repeat(1, 3, 1, 1))  # expanded it could not be written to
     x = _on_rows(x, params["blur"] > 0, lambda rows, chosen: blur(rows, params["blur"][chosen]))
     x = _on_rows(x, params["solarize"], lambda rows, _: torch.where(rows >= 128 / 255, 1 - rows, rows))
     return normalize(x)
@@ -222,7 +222,7 @@ def _inside(grid):
 
 def elastic_displacement(alpha, keys, S):
     """alpha (n,), keys (n,) -> displacements (n, S, S, 2) in units of half the image's side: uniform noise in [-1, 1), smoothed, times
-    alpha / S (torchvision's ElasticTransform); about alpha / 60 pixels in the mean square at any S."""
+    alpha / S (torchvision's ElasticTransform); alpha / 60 pixels in the mean square at 224, 1.3 times that at 32, where mirrored borders take part."""
     smooth = gaussian_matrix(S, torch.full((1,), ELASTIC_SIGMA, device=alpha.device), ELASTIC_RADIUS)  # (1, S, S)
     field = smooth @ noise(keys, 2 * S * S).view(-1, 2, S, S) @ smooth.mT
     return (field * (alpha / S)[:, None, None, None]).permute(0, 2, 3, 1)

@@ -5,11 +5,16 @@ Views v = 0 .. V-1 of an image, the first two global; the teacher sees i = 0, 1.
 both pair losses are means over the images and over the 2V - 2 pairs (i, v), v != i, of something linear in q_i. So the two teacher views
 are summed before anything else: student view 0 meets q_1, view 1 meets q_0, and every local view meets q_0 + q_1. That is one pass over
 the crops instead of one a pair, and the gradient by s_v is found in the same pass; the double loop over pairs is the oracle in
-tests/test_losses.py. SimSiam and DDCL, whose two views have no teacher, follow below. All arithmetic is fp32.
+tests/test_losses.py. SimSiam and DDCL, whose two views have no teacher, follow below. All arithmetic is fp32, or fp64 of fp64.
 """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+
+def wide(x):
+    """x in fp32, or as it is where that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _partners(q, V):
@@ -73,11 +78,11 @@ class _Known(torch.autograd.Function):
 
 def _teacher_probabilities(teacher, center, temp):
     with torch.no_grad():
-        return torch.softmax((teacher.float() - center) / temp, dim=-1)  # (2, B, K)
+        return torch.softmax((wide(teacher) - center) / temp, dim=-1)  # (2, B, K)
 
 
 def _mean_over_pairs(kind, student, teacher, center, student_temp, teacher_temp):
-    (V, B, _), s = student.shape, student.float() / student_temp
+    (V, B, _), s = student.shape, wide(student) / student_temp
     with torch.no_grad():
         total, gradient = PAIRS[kind](s, _teacher_probabilities(teacher, center, teacher_temp))
         pairs = (2 * V - 2) * B
@@ -137,7 +142,7 @@ def against_prototypes(kind, student, layer, teacher, teacher_layer, center, stu
 
 def squared_norm(head):
     """||h||^2: the sum of squares of ALL of a head's parameters, the fixed gain of its weight-normalised layer included (as the scripts do)."""
-    return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in head.parameters()]).square().sum()
+    return torch.stack([torch.linalg.vector_norm(wide(p)) for p in head.parameters()]).square().sum()
 
 
 def projection_regularization(head_ir, head_ef):
@@ -149,7 +154,7 @@ def simsiam_loss(predictions, projections):
     """L_CL of SimSiam and DDCL = -(cos(p_1, sg z_2) + cos(p_2, sg z_1)) / 2, mean over the images (Chen and He 2021, eq. 4).
 
     predictions p, projections z: (2, B, dim) -> scalar in [-1, 1]. sg stops the gradient; without it both views collapse to one point."""
-    return -F.cosine_similarity(predictions.float(), projections.float().detach().flip(0), dim=-1).mean()
+    return -F.cosine_similarity(wide(predictions), wide(projections).detach().flip(0), dim=-1).mean()
 
 
 def ddcl_orthogonality(predictions, projections, kind="cosine"):
@@ -159,7 +164,7 @@ def ddcl_orthogonality(predictions, projections, kind="cosine"):
     formula h_V(z_1) . h_V(z_2) is written. The absolute value is of the mean: without it the loss would fall below zero, for 'dot' without
     end, and reward opposite views; with it single images may still have cosines of either sign. Of several ranks each returns its share of
     the mean times the whole mean's sign, so that the average over ranks, of values and of gradients, is that of one process."""
-    predictions, projections = predictions.float(), projections.float().detach().flip(0)
+    predictions, projections = wide(predictions), wide(projections).detach().flip(0)
     if kind == "cosine":
         predictions, projections = F.normalize(predictions, dim=-1), F.normalize(projections, dim=-1)
     elif kind != "dot":
@@ -174,7 +179,7 @@ def update_center(center, teacher_mean, momentum=0.9):
 
     teacher_mean: the teacher's raw logits, averaged over its two views and the images."""
     mean = mean_over_ranks(teacher_mean)
-    center.lerp_(torch.where(mean.isfinite().all(), mean, center), 1 - momentum)  # of a step that is skipped it learns nothing
+    center.lerp_(torch.where(mean.isfinite().all(), mean, center), 1 - momentum)  # a mean that is not finite leaves it alone
 
 
 def mean_over_ranks(x):

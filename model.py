@@ -14,6 +14,7 @@ import torchvision
 
 from configurator import UsageError, nearest
 from draws import kept_branches
+from losses import wide
 from vmamba import VMAMBAS, VMamba
 
 # ------------------------------------------------------------------------------------------------ the representation and its two parts
@@ -166,7 +167,7 @@ BACKBONES = (*VITS, *VMAMBAS, *RESNETS)
 def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
     """-> nn.Module with .dim; module(x (B, 3, H, W) float, normalised) -> z (B, dim), for any H, W that module.stride divides.
 
-    img_size (the grid of the position embedding) and patch_size matter to the ViTs alone, drop_path to them and VMamba. ResNets are torchvision's own without
+    img_size (the grid of the position embedding) and patch_size matter to the ViTs alone, drop_path to them and VMamba, where forward is given draws. ResNets are torchvision's own without
     fc (method.md names 18 and 50; any torchvision ResNet will do). UsageError for an unknown name or a patch that does not divide."""
     if name in VITS:
         return ViT(*VITS[name], img_size, patch_size, drop_path)
@@ -225,7 +226,7 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.data)
 
     def forward(self, x):
-        return F.linear(x, self.weight_v) * (self.weight_g[:, 0] / self.weight_v.norm(dim=1))  # the outputs are fewer than the weights
+        return F.linear(x, self.weight_v.to(x.dtype)) * (self.weight_g[:, 0] / self.weight_v.norm(dim=1))  # the outputs are fewer than the weights
 
 
 class ProjectionHead(nn.Module):
@@ -245,8 +246,8 @@ class ProjectionHead(nn.Module):
             return self.last_layer(unit)
 
     def unit(self, z):
-        """z (N, in_dim) -> (N, bottleneck) fp32, of length 1: what meets the prototypes."""
-        return F.normalize(self.project(z).float(), dim=-1)
+        """z (N, in_dim) -> (N, bottleneck) fp32 or more, of length 1: what meets the prototypes."""
+        return F.normalize(wide(self.project(z)), dim=-1)
 
     def project(self, z):
         """z (N, in_dim) -> (N, bottleneck), before it is normalised."""
@@ -342,9 +343,10 @@ def save_atomically(obj, path):
 
 
 def read_checkpoint(path):
-    """torch.load of tensors and plain types only; UsageError for anything else. DINO's checkpoints also hold an argparse.Namespace."""
+    """torch.load of tensors and plain types only; UsageError for anything else. DINO's checkpoints also hold an argparse.Namespace, VMamba's a dict
+    of yacs' own kind, read here as a plain one."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from None
@@ -400,9 +402,10 @@ def _recognise(state, path):
     """The one backbone whose keys and shapes are exactly those of `state` -> (arch, img_size, patch_size)."""
     shapes = {key: tuple(value.shape) for key, value in state.items() if hasattr(value, "shape")}
     img_size, patch_size = 224, 16
-    if "pos_embed" in shapes and "patch_embed.proj.weight" in shapes:
-        patch_size = shapes["patch_embed.proj.weight"][-1]
-        img_size = math.isqrt(shapes["pos_embed"][1] - 1) * patch_size
+    patch, positions = shapes.get("patch_embed.proj.weight", ()), shapes.get("pos_embed", ())  # (D, 3, P, P), (1, 1 + N, D)
+    if len(patch) == 4 and patch[-1] > 0 and len(positions) == 3 and positions[1] > 1:
+        patch_size = patch[-1]
+        img_size = math.isqrt(positions[1] - 1) * patch_size
     best, fewest = None, None
     for arch in BACKBONES:
         with torch.device("meta"):

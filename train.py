@@ -10,6 +10,7 @@ The same command started again continues where the last checkpoint is. A run wri
 import ast
 import atexit
 import copy
+import errno
 import fcntl
 import glob
 import importlib.util
@@ -19,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Callable
 
@@ -159,7 +160,7 @@ def train_step(run, step, global_crops, local_crops, keys):
     if run.centers:
         update_teacher(run.teacher, run.network, cosine(step, config.ema, 1.0, total))
     for head, mean in teacher_means.items():
-        losses.update_center(run.centers[head], mean, config.center_momentum)
+        losses.update_center(run.centers[head], torch.where(finite, mean, torch.nan), config.center_momentum)  # of a step that is skipped it learns nothing
     return logged
 
 
@@ -294,7 +295,7 @@ def save(run, step, n_images):
         raise UsageError(f"the weights are not finite at step {step}: {path} holds the last good state; lower lr, or try precision=fp32")
     os.makedirs(run.config.out_dir, exist_ok=True)  # someone may have removed it
     save_atomically(dict(config=asdict(run.config), step=step, images=n_images, student=run.network.state_dict(), teacher=run.teacher.state_dict(),
-                         optimizer=run.optimizer.state_dict(), centers=run.centers), path)
+                         optimizer=run.optimizer.state_dict(), centers=run.centers, skipped=run.skipped), path)
     save_atomically({name: value.cpu() for name, value in run.teacher.backbone.state_dict().items()}, os.path.join(run.config.out_dir, "backbone.pt"))
 
 
@@ -314,6 +315,7 @@ def restore(run, n_images):
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     for name, center in run.centers.items():
         center.copy_(checkpoint["centers"][name])
+    run.skipped.copy_(checkpoint.get("skipped", run.skipped))  # checkpoints of the first versions lack it
     return checkpoint["step"]
 
 
@@ -573,8 +575,12 @@ def prepare_out_dir(config, step):
     """Make out_dir, lock it and write config.json; UsageError if another run lives or works there, or it cannot be written."""
     path = os.path.join(config.out_dir, "config.json")
     if os.path.exists(path) and step == 0:
-        with open(path) as file:
-            refuse_other_config(json.load(file), config)
+        there = None
+        with open(path) as file, suppress(ValueError):
+            there = json.load(file)
+        if not isinstance(there, dict):
+            raise UsageError(f"{path} is not a run's: choose another --out_dir")
+        refuse_other_config(there, config)
     try:
         os.makedirs(config.out_dir, exist_ok=True)
         lock = open(os.path.join(config.out_dir, ".lock"), "w")
@@ -650,22 +656,26 @@ def try_to_save(run, step, n_images, say, is_last):
 
 
 def log(path, main_rank, **numbers):
-    """A line of log.jsonl; where the disk refuses, the run goes on without it."""
+    """A line of log.jsonl, whole or not at all; where the disk refuses, the run goes on without it."""
     if main_rank:
+        line = json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}).encode() + b"\n"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)  # someone may have removed it
-            with open(path, "a") as file:
-                file.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}) + "\n")
+            with open(path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             tqdm.write(f"WARNING: step {numbers['step']} is not in {path}: {error.strerror}")
 
 
 def first_line(path):
-    """Of the log, {} where someone has removed it."""
+    """Of the log, {} where someone has removed it, or nothing could be written to it."""
     if not os.path.exists(path):
         return {}
     with open(path) as file:
-        return json.loads(file.readline())
+        return json.loads(file.readline() or "{}")
 
 
 def was_judged(path, step, main_rank, device):

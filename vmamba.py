@@ -499,11 +499,11 @@ class _ToRows(nn.Module):
 
 
 class VMamba(nn.Module):
-    """x (B, 3, H, W) -> the pooled, normalised map (B, dim); H, W multiples of 32. State keys are VMamba's, less classifier.head."""
+    """x (B, 3, H, W) -> the pooled, normalised map (B, dim); H, W multiples of 4, the patch. State keys are VMamba's, less classifier.head."""
 
     def __init__(self, width, depths, ratio, drop_path=0.0):
         super().__init__()
-        self.stride, widths = 32, [width * 2**i for i in range(len(depths))]
+        self.stride, widths = 4, [width * 2**i for i in range(len(depths))]
         self.dim, self.drop_path = widths[-1], drop_path
         rows, channels = _ToRows(0, 2, 3, 1), _ToRows(0, 3, 1, 2)
         self.patch_embed = nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1), rows, nn.LayerNorm(width // 2), channels, nn.GELU(),
@@ -527,13 +527,13 @@ class VMamba(nn.Module):
         return self.feature_map(x, draws).mean((1, 2))
 
     def feature_map(self, x, draws=None):
-        """x (B, 3, H, W) -> the last stage's normalised map (B, H / 32, W / 32, dim), of which forward is the mean."""
+        """x (B, 3, H, W) -> the last stage's normalised map (B, H / 32, W / 32, dim), rounded up, of which forward is the mean."""
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise UsageError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: VMamba's stride of {self.stride} must divide both sides")
+            raise UsageError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: VMamba's patch of {self.stride} must divide both sides")
         x, kept = self.patch_embed(x.contiguous(memory_format=torch.channels_last)), iter(kept_branches(draws, self.drop_path, len(self.blocks)))
         for layer in self.layers:
             for block in layer.blocks:
-                x = block(x, next(kept))                                                           # (B, H/s, W/s, width of the stage)
+                x = block(x, next(kept))                                                           # (B, H/s, W/s, width), s 4 .. 32
             x = layer.downsample(x)
         return self.classifier.norm(x)
 

@@ -7,7 +7,7 @@ Hardware, time and what it reached: the README. The reasons for the other knobs 
 """
 data = "data/tinyin40"
 arch = "vmamba_micro"
-img_size, local_size, local_crops = 64, 32, 4  # its stride of 32 divides them
+img_size, local_size, local_crops = 64, 32, 4  # its last map, of stride 32, keeps 2 x 2 and one position of them
 out_dim, head_hidden = 1024, 512
 drop_path = 0.0
 blur = solarize = False

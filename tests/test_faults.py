@@ -1,8 +1,10 @@
 """What can spoil a run, done to it: killed, told to end, out of disk, out of numbers, restarted otherwise; and what a user may get wrong.
 
     pytest -m faults"""
+import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -186,6 +188,24 @@ def test_a_run_is_not_begun_in_a_read_only_folder(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_line_cut_short_by_a_full_disk_is_taken_back(tmp_path, capsys):
+    """The limit falls into the second line: half of it is written before the system refuses."""
+    path = tmp_path / "log.jsonl"
+    train.log(str(path), True, step=1, loss=2.0)
+    whole, limits = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, limits[1]))
+    try:
+        train.log(str(path), True, step=2, loss=2.0)
+        assert path.read_text() == whole and "step 2 is not in" in capsys.readouterr().out
+        train.log(str(tmp_path / "empty.jsonl"), True, step=0, words="far too long" * 20)
+        assert train.first_line(str(tmp_path / "empty.jsonl")) == {}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train.log(str(path), True, step=3, loss=2.0)
+    train.keep_log_until(str(path), 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3] and train.first_line(str(path))["step"] == 1
+
+
 def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
     code, errors = ended(launched("tests/inject.py", "gone:7", *arguments(data=folder, out_dir=tmp_path / "run", **RUN)))
     assert code == 0, errors
@@ -214,6 +234,22 @@ def test_a_step_that_is_not_finite_moves_nothing(folder, monkeypatch, optimizer,
         if moments:
             assert all(map(torch.equal, moments, after)) == bad
     assert run.skipped.tolist() == [3, 2]
+
+
+def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_counts_on(folder, tmp_path):
+    """The teacher's outputs are finite here, unlike above: only the student's way back fails."""
+    config, images = tiny_config(freeze_last_layer=0, warmup_epochs=0, out_dir=str(tmp_path)), data.open_images(str(folder), "train")
+    run = train.make_run(config, 5, torch.device("cpu"))
+    batch = next(iter(data.train_loader(images, config, 0, 1, 0, 1, torch.device("cpu"))))[:3]
+    handle = run.network.backbone.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    train.train_step(run, 0, *batch)
+    assert run.skipped.tolist() == [1, 1] and not any(center.any() for center in run.centers.values())
+    train.save(run, 1, 80)
+    again = train.make_run(config, 5, torch.device("cpu"))
+    assert train.restore(again, 80) == 1 and again.skipped.tolist() == [1, 1]
+    handle.remove()
+    train.train_step(run, 1, *batch)
+    assert run.skipped.tolist() == [1, 0] and all(center.any() for center in run.centers.values())
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both_and_counted(folder, tmp_path):
@@ -377,6 +413,8 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "weights of another backbone": (TRAIN, lambda t: [f"--init_from={stored(t / 'a.pt', dict(x=torch.zeros(2)))}"], "not the weights of a backbone"),
     "a checkpoint with a payload": (TRAIN, lambda t: [f"--out_dir={stored(t / 'ckpt.pt', dict(config=Payload(t))).parent}"], "refused"),
     "a damaged checkpoint": (TRAIN, lambda t: [f"--out_dir={written(t / 'ckpt.pt', b'PK0304 and no more').parent}"], "ckpt.pt: "),
+    "a folder of another program": (TRAIN, lambda t: [f"--out_dir={written(t / 'config.json', b'[1, 2]').parent}"], "is not a run's"),
+    "half a config.json": (TRAIN, lambda t: [f"--out_dir={written(t / 'config.json', b'{').parent}"], "is not a run's"),
     "a checkpoint of another program": (TRAIN, lambda t: [f"--out_dir={stored(t / 'ckpt.pt', dict(teacher={})).parent}"], "not a checkpoint that train.py can continue"),
     **{f"a payload for {name}": (main, lambda t: [f"--ckpt={stored(t / 'a.pt', dict(teacher=Payload(t)))}"], "refused")
        for name, main in (("probe", PROBE), ("eval_linear", LINEAR), ("eval_downstream", DOWN), ("eval_seg", SEG))},

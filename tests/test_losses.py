@@ -27,6 +27,16 @@ CASES = {"cross-entropy": (losses.dino_loss, CROSS_ENTROPY), "dot": (losses.orth
          "cosine": (lambda *a: losses.orthogonality(*a, kind="cosine"), COSINE)}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_in_fp64_they_are_fp64_heads_and_norms_too(case):
+    student, teacher = (torch.rand(n, 2, 5, dtype=torch.float64, requires_grad=n == 3) for n in (3, 2))
+    ours, term = CASES[case]
+    assert torch.autograd.gradcheck(lambda s: ours(s, teacher, torch.zeros(5, dtype=torch.float64)), student)
+    torch.testing.assert_close(ours(student, teacher, torch.zeros(5)), textbook(student, teacher, 0, 0.1, 0.04, term), rtol=1e-12, atol=0)
+    heads = [ProjectionHead(8, 5, 12, 6).double() for _ in range(2)]
+    assert heads[0](torch.randn(3, 8, dtype=torch.float64)).dtype == losses.projection_regularization(*heads).dtype == torch.float64
+
+
 @pytest.mark.parametrize("views", [2, 3, V])
 @pytest.mark.parametrize("case", CASES)
 def test_pair_losses_and_their_gradients_are_the_double_loop_over_pairs(case, views):
