@@ -1,4 +1,4 @@
-"""The views (paper appendix; method.md section 3), in two stages.
+"""The views (paper appendix, and the authors' scripts for the figures), in two stages.
 
 Worker, one image at a time: `crop_views` cuts and resizes the random crops, uint8 in and out, antialiased bicubic.
 Device, a whole batch at a time: `augment` = `parameters` (a vector over the batch for each operation, on the CPU) then `transform`:
@@ -37,7 +37,7 @@ CAUG = BAUG._replace(rotate=90)
 RECIPES = {"baug": BAUG, "caug": CAUG, "caug+": CAUG._replace(elastic=0.5)}
 
 _CJ = Recipe(jitter=1.0, jitter_strength=(0.4, 0.4, 0.4, 0.1))
-PERTURBATIONS = {  # of test images, method.md section 5; 'ro' alone and the last four are not in the paper's main table
+PERTURBATIONS = {  # of test images, as in the paper's tables; 'ro' alone and the last four are not in the paper's main table
     "orig": Recipe(),
     "cj": _CJ,
     "cj+flip": _CJ._replace(flip=1.0),

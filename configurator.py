@@ -78,7 +78,7 @@ class Config:
     device: str = "auto"              # 'auto', 'cpu', 'cuda'
     precision: str = "auto"           # 'auto': 'bf16' autocast where the processor has it, else 'fp32'
     loss_images: int = 0              # images whose logits (views x K) are held at a time; 0: as many as fit 256 MB on a GPU, 32 MB on a CPU
-    compile: bool = None              # torch.compile of the backbone's blocks; None: a ViT's and VMamba's on a GPU
+    compile: bool = None              # torch.compile of the backbone's blocks; None: a ViT's on a GPU, nothing else
     scan: str = "auto"                # VMamba's selective scan: 'triton' (the default on a GPU that has it), 'torch' (elsewhere), 'loop' (for comparison)
     # what is written
     out_dir: str = "out/run"
@@ -225,7 +225,8 @@ def _typed(cls, name, value):
     if kind is float and type(value) is int or kind is tuple and type(value) is list:
         value = kind(value)
     if type(value) is not kind or value != value:
-        raise UsageError(f"{name}={value!r}: must be {'True or False' if kind is bool else 'of type ' + kind.__name__}")
+        what = {bool: "True or False", tuple: f"several, as --{name}={value},{value}; one: --{name}={value},"}.get(kind, f"of type {kind.__name__}")
+        raise UsageError(f"{name}={value!r}: must be {what}")
     return value
 
 

@@ -5,7 +5,7 @@
     python eval_downstream.py --ckpt=out/in100_clever/ckpt.pt --task=pets --mode=linear                   the same on the frozen backbone
     python eval_downstream.py --ckpt=out/in100_clever/ckpt.pt --task=rotation_sensitivity --data=FOLDER   which of 4 rotations is it?
 
-Fine-tuning (method.md section 5): backbone and classifier together, SGD with momentum 0.9, lr 1e-3 per 256 images, weight decay 1e-4, 200
+Fine-tuning (the authors' protocol): backbone and classifier together, SGD with momentum 0.9, lr 1e-3 per 256 images, weight decay 1e-4, 200
 epochs of a cosine to 0; a network for each part. Linear is eval_linear.py's probe, on the task's images."""
 import copy
 import os
@@ -99,7 +99,7 @@ def open_task(config, trained, size):
     elif name in SETS:
         config.data = name
     elif name in SEMI:
-        config.data, config.classes = eval_linear.data_of(config, trained)
+        config.data, config.classes = probe.data_of(config, trained)
     else:
         config.data, config.classes = config.data or ("pets" if name in ROTATION else ""), "" if config.classes == "all" else config.classes
         if not config.data:

@@ -1,4 +1,4 @@
-"""Linear probes and kNN of frozen backbones on clean and perturbed test images: the paper's main tables (method.md section 5).
+"""Linear probes and kNN of frozen backbones on clean and perturbed test images: the paper's main tables (its section 4).
 
     python eval_linear.py --ckpt=out/in100_clever/ckpt.pt --data=/path/to/imagenet
     python eval_linear.py --ckpt=out/demo/ckpt.pt --protocol=fast                         in a minute: fixed views, their features kept
@@ -30,7 +30,7 @@ from draws import key, uniforms
 from model import read_checkpoint, save_atomically, split
 
 CROP_SCALE = (0.08, 1.0)  # of the image's area, a classifier's training views (torchvision's default; DINO's eval_linear)
-PUBLISHED = {  # (method, arch, recipe) -> linear top-1 of IN-100, 200 epochs (the authors' README; method.md section 7): orig, cj+ro
+PUBLISHED = {  # (method, arch, recipe) -> linear top-1 of IN-100, 200 epochs (the authors' README): orig, cj+ro
     ("dino", "vit_tiny", "caug"): (66.2, 62.6), ("clever", "vit_tiny", "caug"): (68.7, 66.0),
     ("dino", "vit_tiny", "baug"): (71.9, 46.0), ("clever", "vit_tiny", "baug"): (74.9, 48.3),
     ("dino", "vit_small", "caug"): (73.2, 71.0), ("clever", "vit_small", "caug"): (75.7, 73.6),
@@ -396,16 +396,6 @@ def published_rows(models, classes, tests):
             for model, values in known for test, value in zip(("orig", "cj+ro"), values) if test in tests]
 
 
-def data_of(config, trained):
-    """-> the data's name and class list: config's, or where that leaves them open the checkpoint's."""
-    source = config.data or trained.get("data", "")
-    if not source:
-        raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
-    if config.classes:
-        return source, "" if config.classes == "all" else config.classes
-    return source, trained.get("classes", "") if source not in ("shapes", *data.TORCHVISION) else ""
-
-
 def start(config):
     """What every evaluation begins with -> models, the checkpoint's config, its crop's side, device, precision, autocast, results folder."""
     _, _, device = probe.join_processes(config.device)
@@ -435,7 +425,7 @@ def main(argv):
     config = configure(LinearConfig, argv)
     tests = perturbations(config.tests)
     models, trained, size, device, precision, autocast, out = start(config)
-    config.data, config.classes = data_of(config, trained)
+    config.data, config.classes = probe.data_of(config, trained)
     train, val = data.labelled_splits(config.data, config.classes, config.data_root, config.download, size)
     config.batch_size = batch_of(config.batch_size, len(data.hold_out(train.labels, config.held_out, config.seed)[0]))
     task = Task("linear", train, val, len(train.classes), flipped, own_label, tests, perturbations("orig"))

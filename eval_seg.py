@@ -1,4 +1,4 @@
-"""Segmentation without labels (method.md section 5): TokenCut's saliency, DINO's label propagation through videos, their measures and pictures.
+"""Segmentation without labels (the protocols of the paper's section 4): TokenCut's saliency, DINO's label propagation through videos, their measures and pictures.
 
     python eval_seg.py --ckpt=out/demo/ckpt.pt                                       the built-in shapes: nothing to download
     python eval_seg.py --ckpt=... --task=saliency --data=ECSSD                       or DUTS-TEST, DUT-OMRON: photographs and their masks

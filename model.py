@@ -168,7 +168,7 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
     """-> nn.Module with .dim; module(x (B, 3, H, W) float, normalised) -> z (B, dim), for any H, W that module.stride divides.
 
     img_size (the grid of the position embedding) and patch_size matter to the ViTs alone, drop_path to them and VMamba, where forward is given draws. ResNets are torchvision's own without
-    fc (method.md names 18 and 50; any torchvision ResNet will do). UsageError for an unknown name or a patch that does not divide."""
+    fc (the paper has 18 and 50; any torchvision ResNet will do). UsageError for an unknown name or a patch that does not divide."""
     if name in VITS:
         return ViT(*VITS[name], img_size, patch_size, drop_path)
     if name in VMAMBAS:
@@ -350,9 +350,12 @@ def read_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from None
-    except pickle.UnpicklingError as error:
-        reason = "more than tensors and plain types, so loading could run code" if "nsupported" in str(error) else "not a checkpoint"
-        raise UsageError(f"{path}: refused, {reason}; take a file that torch.load(weights_only=True) reads") from None
+    except pickle.UnpicklingError:
+        with open(path, "rb") as file:
+            is_pickled = file.read(1) in (b"P", b"\x80")  # a zip as torch writes it, or a pickle as it once did
+        if not is_pickled:
+            raise UsageError(f"{path}: not a checkpoint; give a run's ckpt.pt or backbone.pt, or a published file of weights") from None
+        raise UsageError(f"{path}: refused, more than tensors and plain types, so loading could run code; take a file that torch.load(weights_only=True) reads") from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise UsageError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again") from None
 

@@ -395,6 +395,16 @@ def must_be_finite(z, ckpt):
         raise UsageError(f"{ckpt}: the backbone gives features that are not finite; take an earlier checkpoint, or try --precision=fp32")
 
 
+def data_of(config, trained):
+    """-> the data's name and class list: config's, or where that leaves them open the checkpoint's."""
+    source = config.data or trained.get("data", "")
+    if not source:
+        raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
+    if config.classes:
+        return source, "" if config.classes == "all" else config.classes
+    return source, trained.get("classes", "") if source not in ("shapes", *data.TORCHVISION) else ""
+
+
 def results_folder(config):
     """Where results.json goes: config.out, or the folder of config.ckpt. UsageError if it cannot be written there."""
     out = config.out or os.path.dirname(config.ckpt) or "."
@@ -409,8 +419,8 @@ class ProbeConfig:
     """Knobs of probe.py: the table of kNN and ridge probes of one or two checkpoints beside the untrained backbone."""
     ckpt: str = ""          # checkpoint or backbone file
     compare: str = ""       # a second one, such as DINO's beside CLeVER's
-    data: str = "shapes"    # as in train.py; needs labels, train and val
-    classes: str = ""
+    data: str = ""          # as in train.py, with labels, train and val; default: what the checkpoint was trained on
+    classes: str = ""       # default: the list the checkpoint was trained on, if any; 'all': every class folder
     data_root: str = "data"
     workers: int = 2
     seed: int = 0           # of the rotations and of the untrained weights
@@ -430,6 +440,7 @@ def main(argv):
     models, trained = open_models(config, device, untrained=True)
     out = results_folder(config)
     size = trained["img_size"]
+    config.data, config.classes = data_of(config, trained)
     train, val = data.labelled_splits(config.data, config.classes, config.data_root, img_size=size)
     rows = judge(models, train, val, size, device, autocast, config.workers, config.seed, config.answers)
     print("\n".join(table_lines(rows)))

@@ -3,7 +3,7 @@
     python train.py configs/tinyin40_clever.py --data=/path/to/tinyin40        # train/CLASS/*, val/CLASS/*
     python probe.py --ckpt=out/tinyin40_clever/ckpt.pt --data=/path/to/tinyin40
 
-Hardware: two CPU cores with bf16. Time and accuracy measured: the README's table. Method.md section 9's setting of the authors' modules is
+Hardware: two CPU cores with bf16. Time and accuracy measured: the README's table. The setting in which the authors' modules were measured, there too, is
 --img_size=64 --local_size=32 --out_dim=4096 --head_hidden=1024 --drop_path=0.1 --epochs=9
 """
 data = "data/tinyin40"

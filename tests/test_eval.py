@@ -432,7 +432,7 @@ def test_fine_tuning_moves_the_whole_network_and_leaves_the_model_alone(folder, 
 
 
 @pytest.mark.parametrize("script, knobs, message", [
-    ("eval_linear.py", [], "no checkpoint given"), ("eval_linear.py", ["--ckpt=/nowhere.pt"], "No such file"), ("eval_linear.py", ["--ckpt=README.md"], "refused"),
+    ("eval_linear.py", [], "no checkpoint given"), ("eval_linear.py", ["--ckpt=/nowhere.pt"], "No such file"), ("eval_linear.py", ["--ckpt=README.md"], "not a checkpoint; give"),
     ("eval_linear.py", ["--ckpt={dino}", "--part=ir"], "tells of no split"), ("eval_linear.py", ["--ckpt={foreign}", "--part=ef", "--data=shapes"], "tells of no split"),
     ("eval_linear.py", ["--ckpt={clever}", "--part=iR"], "choose from full, ir, ef"), ("eval_linear.py", ["--ckpt={foreign}"], "give --data"),
     ("eval_linear.py", ["--ckpt={foreign}", "--arch=vit_small", "--data=shapes"], "holds a vit_micro"), ("eval_linear.py", ["--ckpt={clever}", "--tests=orig,blur"], "tests=blur"),

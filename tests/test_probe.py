@@ -96,7 +96,7 @@ def test_command_line_compares_two_runs(folder, tmp_path):
     for method in ("clever", "dino"):
         run_script("train.py", *arguments(data=folder, out_dir=tmp_path / method, method=method, epochs=1, warmup_epochs=0))
     clever, dino = (tmp_path / name / "ckpt.pt" for name in ("clever", "dino"))
-    done = run_script("probe.py", f"--ckpt={clever}", f"--compare={dino}", f"--data={folder}", "--workers=0", "--precision=fp32")
+    done = run_script("probe.py", f"--ckpt={clever}", f"--compare={dino}", "--workers=0", "--precision=fp32")  # on what it was trained on
     [result] = json.loads((tmp_path / "clever" / "results.json").read_text())
     assert {row["row"] for row in result["rows"]} == {"untrained", "clever", "dino", "chance"}
     assert {(row["part"], row["dims"]) for row in result["rows"] if row["row"] == "clever"} == {("full", 128), ("ir", 102), ("ir", 26), ("ef", 26)}

@@ -1,12 +1,16 @@
 """The README keeps its word: quoted lines stand in the code, tables are those of results/."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+import torchvision
 
 import bench
+import data
 import probe
 from conftest import ROOT
 
@@ -59,3 +63,23 @@ def test_the_sweeps_lines_print_the_collapse_table():
     assert len(lines) == 2 + 2 * len(folders) and len(script.splitlines()) <= 10
     for line in lines:
         assert line in README, line
+
+
+def test_the_lines_that_sort_tiny_imagenet_make_the_folder_that_the_commands_read(tmp_path):
+    source = tmp_path / "tiny-imagenet-200"
+    classes = [line.split()[0] for line in (ROOT / "configs/tinyin40_classes.txt").read_text().splitlines()]
+    (source / "val/images").mkdir(parents=True)
+    notes = []
+    for i, name in enumerate([*classes, "n99999999"]):
+        folder = source / "train" / name / "images"
+        folder.mkdir(parents=True)
+        torchvision.io.write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(folder / f"{name}_0.JPEG"))
+        shutil.copy(folder / f"{name}_0.JPEG", source / f"val/images/val_{i}.JPEG")
+        notes.append(f"val_{i}.JPEG\t{name}\t0\t0\t7\t7\n")
+    (source / "val/val_annotations.txt").write_text("".join(notes))
+    [script] = re.findall(r"python - tiny-imagenet-200 TINYIN40 <<'EOF'\n(.*?)EOF\n", README, re.S)
+    subprocess.run([sys.executable, "-", source, tmp_path / "TINYIN40"], input=script, text=True, cwd=ROOT, check=True)
+    for split in ("train", "val"):
+        images = data.open_images(str(tmp_path / "TINYIN40"), split, "configs/tinyin40_seen.txt")
+        assert len(images) == len(images.classes) == 30
+        assert len(list((tmp_path / "TINYIN40" / split).iterdir())) == 40
