@@ -614,6 +614,8 @@ def main(argv):
     chosen = {name: make for name, make in known.items() if config.rows in name}
     if not chosen:
         raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(known)}")
+    if config.data and not os.path.isdir(config.data):
+        raise UsageError(f"data={config.data}: no such folder; leave --data away, and JPEGs are made")
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist")
     if config.profile:

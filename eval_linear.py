@@ -27,7 +27,7 @@ import probe
 from augment import PERTURBATIONS, Recipe, augment
 from configurator import UsageError, configure, exit_on_usage_error, nearest
 from draws import key, uniforms
-from model import read_checkpoint, save_atomically, split
+from model import must_divide, read_checkpoint, save_atomically, split
 
 CROP_SCALE = (0.08, 1.0)  # of the image's area, a classifier's training views (torchvision's default; DINO's eval_linear)
 PUBLISHED = {  # (method, arch, recipe) -> linear top-1 of IN-100, 200 epochs (the authors' README): orig, cj+ro
@@ -405,6 +405,7 @@ def start(config):
     if config.arch and config.arch != trained["arch"]:
         raise UsageError(f"arch={config.arch}: {config.ckpt} holds a {trained['arch']}; leave --arch away")
     probe.chosen_parts(models, config.part, config.ckpt)
+    must_divide(models[0].backbone, trained["arch"], img_size=config.img_size or trained["img_size"])
     return models, trained, config.img_size or trained["img_size"], device, precision, autocast, probe.results_folder(config)
 
 

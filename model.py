@@ -181,6 +181,13 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
     raise UsageError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}; there are {', '.join(BACKBONES)}")
 
 
+def must_divide(backbone, arch, **sides):
+    """UsageError that names the knob and the nearest good value, unless the backbone can take images of all these sides."""
+    for name, side in sides.items():
+        if side % backbone.stride:
+            raise UsageError(f"{name}={side} is not a multiple of {arch}'s {backbone.stride}: take {max(1, round(side / backbone.stride)) * backbone.stride}")
+
+
 class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the images of all ranks where torch's own SyncBatchNorm has no kernel: CPU processes. Same keys, same formula."""
 

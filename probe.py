@@ -372,7 +372,7 @@ def open_models(config, device, untrained):
         models.append(Model(row, backbone.to(device), trained["ratio"] if method in ("clever", "ddcl") else 1, trained))
     alike = [{name: model.trained[name] for name in ("arch", "img_size", "patch_size")} for model in models]
     if alike[0] != alike[-1]:
-        raise UsageError(f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like")
+        raise UsageError(f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like; give each a table of its own")
     if untrained:
         torch.manual_seed(config.seed)
         fresh = build_backbone(alike[0]["arch"], alike[0]["img_size"], alike[0]["patch_size"]).to(device).eval()

@@ -36,7 +36,7 @@ import vmamba
 from augment import RECIPES, augment_views, denormalize, to_device
 from configurator import Config, UsageError, configure, exit_on_usage_error
 from draws import key, uniforms
-from model import VITS, Network, build_network, load_backbone, read_checkpoint, save_atomically, split, synchronise_batch_norm
+from model import VITS, Network, build_network, load_backbone, must_divide, read_checkpoint, save_atomically, split, synchronise_batch_norm
 
 MAY_CHANGE = ("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_images", "device", "compile", "scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download")  # on resume
 MOST_SKIPPED = 3  # steps in a row whose gradients are not finite before a run stops
@@ -232,10 +232,7 @@ def make_run(config, steps_per_epoch, device, world=1):
     network = build_network(config)
     if config.arch in vmamba.VMAMBAS:
         vmamba.choose_backend(device)  # one that cannot run here is refused now
-    stride = network.backbone.stride
-    for name, size in (("img_size", config.img_size), ("local_size", config.local_size if config.local_crops else stride)):
-        if size % stride:
-            raise UsageError(f"{name}={size} is not a multiple of {config.arch}'s {stride}: take {max(1, round(size / stride)) * stride}")
+    must_divide(network.backbone, config.arch, img_size=config.img_size, **(dict(local_size=config.local_size) if config.local_crops else {}))
     if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):  # a run that continues needs it no more
         given, facts = load_backbone(config.init_from)
         if [(name, p.shape) for name, p in given.named_parameters()] != [(name, p.shape) for name, p in network.backbone.named_parameters()]:

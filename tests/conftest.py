@@ -49,6 +49,14 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def scans_put_back(monkeypatch):
+    """Compiling takes vmamba's scans out of every graph for good; after the test they are as before."""
+    import vmamba
+    for name in ("scan_loop", "scan_torch", "scan_triton"):
+        monkeypatch.setattr(vmamba, name, getattr(vmamba, name))
+
+
 def arguments(**knobs):
     return [f"--{name}={value}" for name, value in {**TINY, **knobs}.items()]
 

@@ -41,3 +41,9 @@ def test_recorded_rows_are_rows():
         for row in json.loads(path.read_text())["rows"]:
             assert row["row"] in known or path.name == "bench.json" and row["row"].startswith("loss over 10 views"), row["row"]  # an earlier version's
     assert {"JPEG to weights, vit_small/16, CAug, batch 128", "step vit_small/16, CAug+, compiled blocks or not"} <= on_a_gpu.keys()
+
+
+@pytest.mark.parametrize("knob, message", [("--rows=nothing", "there is no such row"), ("--data=/nowhere", "no such folder"), ("--json=/nowhere/x.json", "does not exist")])
+def test_mistakes_are_found_before_anything_is_timed(knob, message):
+    with pytest.raises(UsageError, match=message):
+        bench.main([knob, "--device=cpu"])

@@ -154,14 +154,12 @@ def test_compiled_step_is_the_eager_step(folder):
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_share_their_graphs(folder, monkeypatch):
+def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
     """Six graphs: the student's at two resolutions and the teacher's at one, and each again for the last block, which computes CLS alone. Not one a
     block, which would compile for minutes."""
     from torch._dynamo.testing import CompileCounter
     counter, compile_module = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=counter, **options))
-    for name in ("scan_loop", "scan_torch", "scan_triton"):
-        monkeypatch.setattr(train.vmamba, name, getattr(train.vmamba, name))  # so that they are put back
     torch._dynamo.reset()
     config = tiny_config(compile=True, drop_path=0.3)
     run = train.make_run(config, 5, CPU)
@@ -173,7 +171,7 @@ def test_blocks_share_their_graphs(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("fails", ["forward", "backward"])
-def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails):
+def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails, scans_put_back):
     """As on a GPU, where nobody has asked for it; with --compile=True it is an error."""
     from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
@@ -187,8 +185,6 @@ def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails):
     backend = aot_autograd(fw_compiler=refuse if fails == "forward" else keep, bw_compiler=refuse if fails == "backward" else keep)
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=backend, **options))
-    for name in ("scan_loop", "scan_torch", "scan_triton"):
-        monkeypatch.setattr(train.vmamba, name, getattr(train.vmamba, name))  # so that they are put back
     images, config, terms = data.open_images(str(folder), "train"), tiny_config(compile=True), []
     try:
         for wanted in (True, False):

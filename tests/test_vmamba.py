@@ -235,10 +235,8 @@ def test_published_files_load_strictly(tmp_path, monkeypatch):
         load_backbone(str(tmp_path / "vmamba.pth"))
 
 
-def test_a_compiled_block_is_the_eager_one(monkeypatch):
+def test_a_compiled_block_is_the_eager_one(scans_put_back):
     """The scan itself is left out of the graph; what is around it compiles (here without a code generator: that needs a C++ compiler)."""
-    for name in ("scan_loop", "scan_torch", "scan_triton"):
-        monkeypatch.setattr(vmamba, name, getattr(vmamba, name))  # so that they are put back
     vmamba.keep_out_of_graphs()
     torch.manual_seed(0)
     block, x = vmamba.VSSBlock(32, 1.0), torch.randn(2, 4, 4, 32)
