@@ -43,37 +43,38 @@ class Claim(NamedTuple):
 CHOSEN = "linear, chosen lr"
 
 
-def clever_and_dino(setting=""):
+def claims_about_a_pair(setting):
+    """Of a CLeVER run and the DINO run beside it. C0 is ours, not the paper's: that DINO has learnt at all; where it has not, the others say nothing."""
+    full, ir, ef, ir_as_wide = ((setting, "clever", part) for part in ("full", "ir", "ef", "ir as wide"))
+    dino, untrained = (setting, "dino", "full"), (setting, "untrained", "full")
+    return [
+        *[Claim("C0", *judged, dino, untrained) for judged in (("linear", CHOSEN, "orig"), ("probe", "ridge", "class"))],
+        *[Claim(name, "linear", CHOSEN, test, full, dino) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
+        *[Claim(name, "probe", "ridge", test, full, dino) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
+        *[Claim(name, "probe", "kNN", test, full, dino) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
+        *[Claim("C3", "linear", CHOSEN, test, full, ir) for test in ("ro", "cj+ro")],
+        Claim("C3", "probe", "ridge", "class, rotated", full, ir),
+        Claim("C4", "probe", "ridge", "which of 4 rotations", ef, ir_as_wide),
+        *[Claim("C7", task, "fine-tuned", "orig", full, dino) for task in ("semi10", "folder")],  # folder: of classes not seen before
+        Claim("C8", "davis", "propagated", "J&F, shapes", full, dino),
+        Claim("C8", "saliency", "TokenCut", "IoU, solver, shapes", full, dino),
+    ]
+
+
+def clever_and_dino(setting):
     return (setting, "clever", "full"), (setting, "dino", "full")
 
 
-def clever(setting, part="full"):
-    return setting, "clever", part
-
-
 CLAIMS = [
-    *[Claim(name, "linear", CHOSEN, test, *clever_and_dino()) for name, test in (("C1", "orig"), ("C2", "cj+ro"), ("C2", "cj+ro+et"))],
-    *[Claim(name, "probe", "ridge", test, *clever_and_dino()) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
-    *[Claim(name, "probe", "kNN", test, *clever_and_dino()) for name, test in (("C1", "kNN"), ("C2", "kNN, rotated"))],
-    *[Claim("C3", "linear", CHOSEN, test, clever(""), clever("", "ir")) for test in ("ro", "cj+ro")],
-    Claim("C3", "probe", "ridge", "class, rotated", clever(""), clever("", "ir")),
-    Claim("C4", "probe", "ridge", "which of 4 rotations", clever("", "ef"), clever("", "ir as wide")),
-    *[Claim("C7", task, "fine-tuned", "orig", *clever_and_dino()) for task in ("semi10", "folder")],  # folder: of classes not seen before
-    Claim("C8", "davis", "propagated", "J&F, shapes", *clever_and_dino()),
-    Claim("C8", "saliency", "TokenCut", "IoU, solver, shapes", *clever_and_dino()),
-    # of settings: other backbones, views and knobs
-    *[claim for setting in ("resnet18", "vmamba_micro") for claim in (
-        *[Claim(name, "linear", CHOSEN, test, *clever_and_dino(setting)) for name, test in (("C1", "orig"), ("C2", "cj+ro"))],
-        *[Claim(name, "probe", "ridge", test, *clever_and_dino(setting)) for name, test in (("C1", "class"), ("C2", "class, rotated"))],
-        Claim("C3", "probe", "ridge", "class, rotated", clever(setting), clever(setting, "ir")),
-        Claim("C4", "probe", "ridge", "which of 4 rotations", clever(setting, "ef"), clever(setting, "ir as wide")))],
+    *[claim for setting in ("", "long", "resnet18", "vmamba_micro") for claim in claims_about_a_pair(setting)],
+    # views and knobs, and a gain held against another
+    *[Claim(name, "probe", "ridge", test, ("cosine", "clever", "full"), ("vit_micro", "dino", "full")) for name, test in (("C1", "class"), ("C2", "class, rotated"))],  # --orth=cosine
+    *[Claim("C4", "probe", "ridge", "which of 4 rotations", (setting, "clever", "ef"), (setting, "clever", "ir as wide")) for setting in ("vit_micro", "cosine", "lam0")],
     Claim("C2", "linear", CHOSEN, "cj+ro+et", *clever_and_dino("caug+")),
     Claim("C2", "linear", CHOSEN, "cj+ro+et", *clever_and_dino("caug+"), beyond=clever_and_dino("vit_micro")),
     Claim("C6", "linear", CHOSEN, "orig", *clever_and_dino("vit_micro"), beyond=clever_and_dino("vit_tiny")),
-    *[Claim("C9", "linear", CHOSEN, "orig", clever("vit_micro"), clever(other)) for other in ("ratio0.5", "ratio0.95", "lam0", "lam0.01")],
+    *[Claim("C9", "linear", CHOSEN, "orig", *((setting, "clever", "full") for setting in ("vit_micro", other))) for other in ("ratio0.5", "ratio0.95", "lam0", "lam0.01")],
 ]
-
-
 SETTINGS = {side[0] for claim in CLAIMS for side in (claim.better, claim.worse, *claim.beyond)}
 SEG_JUDGES = dict(davis="propagated", saliency="TokenCut")  # tasks of eval_seg.py
 
@@ -198,7 +199,10 @@ def draw(weighed, path):
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("difference in points, 95 %: thick over test images,\nthin over seeds as well; grey: undecided, or one seed", fontsize=8)
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise UsageError(f"picture={path}: {getattr(error, 'strerror', None) or error}; give a .png in a folder that exists") from None
 
 
 @dataclass
