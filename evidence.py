@@ -185,7 +185,7 @@ def draw(weighed, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     colors = {"reproduced": "tab:green", "contradicted": "tab:red"}
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.42 * len(weighed)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.26 * len(weighed)), layout="constrained")
     for y, w in enumerate(weighed):
         color = colors.get(w["verdict"], "tab:gray")
         axes.plot(w["over_both"], (y, y), color=color, linewidth=1)
@@ -196,7 +196,7 @@ def draw(weighed, path):
         test = claim.test if claim.test.startswith("kNN") else f"{claim.judge if claim.task == 'probe' else claim.task}, {claim.test}"
         labels.append(f"{claim.name}  {test}: {' against '.join(sides_in_words(claim))}")
     axes.set_yticks(range(len(weighed)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(weighed) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("difference in points, 95 %: thick over test images,\nthin over seeds as well; grey: undecided, or one seed", fontsize=8)
     try:
