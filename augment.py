@@ -37,7 +37,7 @@ CAUG = BAUG._replace(rotate=90)
 RECIPES = {"baug": BAUG, "caug": CAUG, "caug+": CAUG._replace(elastic=0.5)}
 
 _CJ = Recipe(jitter=1.0, jitter_strength=(0.4, 0.4, 0.4, 0.1))
-PERTURBATIONS = {  # of test images, as in the paper's tables; 'ro' alone and the last four are not in the paper's main table
+PERTURBATIONS = {  # of test images; 'ro' alone and the last four are not in the paper's main table
     "orig": Recipe(),
     "cj": _CJ,
     "cj+flip": _CJ._replace(flip=1.0),
