@@ -405,8 +405,9 @@ def start(config):
     if config.arch and config.arch != trained["arch"]:
         raise UsageError(f"arch={config.arch}: {config.ckpt} holds a {trained['arch']}; leave --arch away")
     probe.chosen_parts(models, config.part, config.ckpt)
-    must_divide(models[0].backbone, trained["arch"], img_size=config.img_size or trained["img_size"])
-    return models, trained, config.img_size or trained["img_size"], device, precision, autocast, probe.results_folder(config)
+    size = config.img_size or trained["img_size"]
+    must_divide(models[0].backbone, trained["arch"], img_size=size)
+    return models, trained, size, device, precision, autocast, probe.results_folder(config)
 
 
 def finish(task, protocol, partial, out, seconds, rows, published=()):

@@ -73,7 +73,7 @@ CLAIMS = [
     Claim("C2", "linear", CHOSEN, "cj+ro+et", *clever_and_dino("caug+")),
     Claim("C2", "linear", CHOSEN, "cj+ro+et", *clever_and_dino("caug+"), beyond=clever_and_dino("vit_micro")),
     Claim("C6", "linear", CHOSEN, "orig", *clever_and_dino("vit_micro"), beyond=clever_and_dino("vit_tiny")),
-    *[Claim("C9", "linear", CHOSEN, "orig", *((setting, "clever", "full") for setting in ("vit_micro", other))) for other in ("ratio0.5", "ratio0.95", "lam0", "lam0.01")],
+    *[Claim("C9", "linear", CHOSEN, "orig", ("vit_micro", "clever", "full"), (other, "clever", "full")) for other in ("ratio0.5", "ratio0.95", "lam0", "lam0.01")],
 ]
 SETTINGS = {side[0] for claim in CLAIMS for side in (claim.better, claim.worse, *claim.beyond)}
 SEG_JUDGES = dict(davis="propagated", saliency="TokenCut")  # tasks of eval_seg.py
