@@ -8,6 +8,7 @@ Operations and their order are torchvision's, and tests/test_augment.py holds ea
 (torchvision's default is nearest), intermediate images are not rounded to uint8, the blur is a true Gaussian of 13 taps (DINO's is Pillow's
 approximation). Every draw is a function of a sample's key (draws.py).
 """
+
 import math
 from typing import NamedTuple
 
@@ -21,11 +22,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB i
 
 class Recipe(NamedTuple):
     """What happens to a crop. Probabilities of blur and solarise: for the first global view, the second, the local ones."""
-    flip: float = 0.0                          # probability
-    rotate: float = 0.0                        # degrees: uniform in -rotate .. rotate, black corners
-    elastic: float = 0.0                       # probability of the elastic transformation ...
-    elastic_alpha: float = 100.0               # ... its strength (torchvision's alpha); sigma is ELASTIC_SIGMA
-    jitter: float = 0.0                        # probability of colour jitter ...
+
+    flip: float = 0.0  # probability
+    rotate: float = 0.0  # degrees: uniform in -rotate .. rotate, black corners
+    elastic: float = 0.0  # probability of the elastic transformation ...
+    elastic_alpha: float = 100.0  # ... its strength (torchvision's alpha); sigma is ELASTIC_SIGMA
+    jitter: float = 0.0  # probability of colour jitter ...
     jitter_strength: tuple = (0.4, 0.4, 0.2, 0.1)  # ... brightness, contrast, saturation, hue
     grey: float = 0.0
     blur: tuple = (0.0, 0.0, 0.0)
@@ -48,18 +50,27 @@ PERTURBATIONS = {  # of test images; 'ro' alone and the last four are not in the
     "cj+ro+et50": _CJ._replace(rotate=90, elastic=1.0, elastic_alpha=50),
     "cj+ro+et150": _CJ._replace(rotate=90, elastic=1.0, elastic_alpha=150),
 }
-GLOBAL_1, GLOBAL_2, LOCAL = range(3)  # kinds of view: the index into Recipe.blur and Recipe.solarize
-ELASTIC_SIGMA, ELASTIC_RADIUS = 5.0, 20  # pixels, whatever the crop's size; torchvision's kernel of 8 sigma + 1 taps
+GLOBAL_1, GLOBAL_2, LOCAL = range(
+    3
+)  # kinds of view: the index into Recipe.blur and Recipe.solarize
+ELASTIC_SIGMA, ELASTIC_RADIUS = (
+    5.0,
+    20,
+)  # pixels, whatever the crop's size; torchvision's kernel of 8 sigma + 1 taps
 BLUR_SIGMA, BLUR_RADIUS = (0.1, 2.0), 6
-CPU_CHUNK = 1 << 17  # pixels that a CPU transforms at a time: they and their temporaries stay in its cache, 1.7x faster than whole batches
+CPU_CHUNK = (
+    1 << 17
+)  # pixels that a CPU transforms at a time: they and their temporaries stay in its cache, 1.7x faster than whole batches
 
 # ------------------------------------------------------------------------------------------------ worker stage
 
 
 def crop_views(image, key_, global_size, local_size, local_crops, global_scale, local_scale):
     """image uint8 (3, H, W), key_ () int64 -> global crops uint8 (2, 3, G, G), local crops uint8 (L, 3, l, l)."""
-    return (random_crops(image, key(key_, 0), 2, global_size, global_scale),
-            random_crops(image, key(key_, 1), local_crops, local_size, local_scale))
+    return (
+        random_crops(image, key(key_, 0), 2, global_size, global_scale),
+        random_crops(image, key(key_, 1), local_crops, local_size, local_scale),
+    )
 
 
 def random_crops(image, key_, n, size, scale):
@@ -67,7 +78,9 @@ def random_crops(image, key_, n, size, scale):
     if n == 0:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     boxes = crop_boxes(*image.shape[1:], uniforms(key(key_, torch.arange(n)), 22), scale)
-    return torch.stack([resize(image[:, top:top + h, left:left + w], size, size) for top, left, h, w in boxes])
+    return torch.stack(
+        [resize(image[:, top : top + h, left : left + w], size, size) for top, left, h, w in boxes]
+    )
 
 
 def crop_boxes(H, W, u, scale, aspect=(3 / 4, 4 / 3)):
@@ -105,7 +118,7 @@ def center_crop(image, size):
     side = min(max(size, min(H, W)), size * 8 // 7)
     h, w = max(side, round(H * side / min(H, W))), max(side, round(W * side / min(H, W)))
     top, left = (h - size) // 2, (w - size) // 2
-    return resize(image, h, w)[:, top:top + size, left:left + size]
+    return resize(image, h, w)[:, top : top + size, left : left + size]
 
 
 # ------------------------------------------------------------------------------------------------ device stage
@@ -119,7 +132,9 @@ def augment(images, recipe, keys, kind=GLOBAL_1):
     n = max(1, CPU_CHUNK // images[0, 0].numel())
     out = torch.empty(images.shape)
     for i in range(0, len(images), n):
-        out[i:i + n] = transform(images[i:i + n], {name: values[i:i + n] for name, values in params.items()})
+        out[i : i + n] = transform(
+            images[i : i + n], {name: values[i : i + n] for name, values in params.items()}
+        )
     return out
 
 
@@ -138,7 +153,9 @@ def augment_views(global_crops, local_crops, keys, recipe):
 
 def parameters(recipe, keys, kind=GLOBAL_1):
     """A value for each sample and operation -> dict of tensors with N rows, on the CPU so that branching on them waits for no device."""
-    u = uniforms(key(keys, 2), 16)  # (N, 16); a draw has its own column, so recipes that share an operation share its draws
+    u = uniforms(
+        key(keys, 2), 16
+    )  # (N, 16); a draw has its own column, so recipes that share an operation share its draws
     jitter = u[:, 3] < recipe.jitter
     strength = torch.tensor(recipe.jitter_strength)
     factors = torch.where(jitter[:, None], 1 + (2 * u[:, 4:7] - 1) * strength[:3], 1.0)
@@ -149,9 +166,12 @@ def parameters(recipe, keys, kind=GLOBAL_1):
         elastic_key=key(keys, 3),
         factors=factors,  # (N, 3) of brightness, contrast, saturation; 1: unchanged
         hue=jitter * (2 * u[:, 7] - 1) * strength[3],  # turns of the colour circle, 0: unchanged
-        order=u[:, 8:12].argsort(dim=1),  # (N, 4): a uniform permutation of the four operations of the jitter
+        order=u[:, 8:12].argsort(
+            dim=1
+        ),  # (N, 4): a uniform permutation of the four operations of the jitter
         grey=u[:, 12] < recipe.grey,
-        blur=(u[:, 13] < recipe.blur[kind]) * (BLUR_SIGMA[0] + u[:, 14] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])),  # sigma in pixels, 0: none
+        blur=(u[:, 13] < recipe.blur[kind])
+        * (BLUR_SIGMA[0] + u[:, 14] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])),  # sigma in pixels, 0: none
         solarize=u[:, 15] < recipe.solarize[kind],
     )
 
@@ -162,15 +182,21 @@ def transform(images, params):
     x = images.float() / 255
     x = warp(x, params["flip"], params["angle"], params["elastic"], params["elastic_key"])
     x = color_jitter(x, params["factors"], params["hue"], params["order"])
-    x = _on_rows(x, params["grey"], lambda rows, _: grey(rows).repeat(1, 3, 1, 1))  # expanded it could not be written to
+    x = _on_rows(
+        x, params["grey"], lambda rows, _: grey(rows).repeat(1, 3, 1, 1)
+    )  # expanded it could not be written to
     x = _on_rows(x, params["blur"] > 0, lambda rows, chosen: blur(rows, params["blur"][chosen]))
-    x = _on_rows(x, params["solarize"], lambda rows, _: torch.where(rows >= 128 / 255, 1 - rows, rows))
+    x = _on_rows(
+        x, params["solarize"], lambda rows, _: torch.where(rows >= 128 / 255, 1 - rows, rows)
+    )
     return normalize(x)
 
 
 def normalize(x):
     """RGB in [0, 1] (N, 3, H, W) -> as networks take it."""
-    return torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
+    return torch.stack(
+        [(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)], 1
+    )
 
 
 def to_device(device, values):
@@ -199,19 +225,29 @@ def warp(x, flip, angle, alpha, elastic_key):
     if not angle.any() and not alpha.any():
         return _on_rows(x, flip, lambda rows, _: rows.flip(-1))
     centres = (2 * torch.arange(S, device=x.device) + 1) / S - 1  # of pixels, in [-1, 1]
-    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).repeat(N, 1, 1, 1)  # (N, S, S, 2) of (x, y)
+    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).repeat(
+        N, 1, 1, 1
+    )  # (N, S, S, 2) of (x, y)
     elastic = alpha.nonzero()[:, 0]
     on_device = to_device(x.device, elastic)
     if len(elastic):
-        grid[on_device] += elastic_displacement(to_device(x.device, alpha[elastic]), to_device(x.device, elastic_key[elastic]), S)
+        grid[on_device] += elastic_displacement(
+            to_device(x.device, alpha[elastic]), to_device(x.device, elastic_key[elastic]), S
+        )
         in_rotated = _inside(grid[on_device])  # (n, S, S)
     radians = torch.deg2rad(angle)
-    cos, sin, mirror = to_device(x.device, torch.stack([radians.cos(), radians.sin(), 1 - 2.0 * flip]))[:, :, None, None]  # (N, 1, 1) each
-    grid_x, grid_y = grid.unbind(-1)  # elementwise, for a matrix product might be rounded to TF32 or, under autocast, to bf16
+    cos, sin, mirror = to_device(
+        x.device, torch.stack([radians.cos(), radians.sin(), 1 - 2.0 * flip])
+    )[:, :, None, None]  # (N, 1, 1) each
+    grid_x, grid_y = grid.unbind(
+        -1
+    )  # elementwise, for a matrix product might be rounded to TF32 or, under autocast, to bf16
     grid = torch.stack([mirror * (cos * grid_x - sin * grid_y), sin * grid_x + cos * grid_y], -1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if len(elastic):
-        x[on_device] *= (in_rotated / _inside(grid[on_device]).clamp(min=1e-6)).clamp(max=1)[:, None]
+        x[on_device] *= (in_rotated / _inside(grid[on_device]).clamp(min=1e-6)).clamp(max=1)[
+            :, None
+        ]
     return x
 
 
@@ -223,7 +259,9 @@ def _inside(grid):
 def elastic_displacement(alpha, keys, S):
     """alpha (n,), keys (n,) -> displacements (n, S, S, 2) in units of half the image's side: uniform noise in [-1, 1), smoothed, times
     alpha / S (torchvision's ElasticTransform); alpha / 60 pixels in the mean square at 224, 1.3 times that at 32, where mirrored borders take part."""
-    smooth = gaussian_matrix(S, torch.full((1,), ELASTIC_SIGMA, device=alpha.device), ELASTIC_RADIUS)  # (1, S, S)
+    smooth = gaussian_matrix(
+        S, torch.full((1,), ELASTIC_SIGMA, device=alpha.device), ELASTIC_RADIUS
+    )  # (1, S, S)
     field = smooth @ noise(keys, 2 * S * S).view(-1, 2, S, S) @ smooth.mT
     return (field * (alpha / S)[:, None, None, None]).permute(0, 2, 3, 1)
 
@@ -235,12 +273,18 @@ def gaussian_matrix(S, sigma, radius):
     taps = torch.arange(-radius, radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (taps / sigma[:, None]).square())
     weight = weight / weight.sum(1, keepdim=True)  # (n, taps)
-    source = torch.arange(S, device=sigma.device)[:, None] + taps  # (S, taps), beyond the border for some
+    source = (
+        torch.arange(S, device=sigma.device)[:, None] + taps
+    )  # (S, taps), beyond the border for some
     period = max(2 * S - 2, 1)
     source = source % period
-    source = torch.where(source < S, source, period - source)  # mirrored without repeating the border pixel
+    source = torch.where(
+        source < S, source, period - source
+    )  # mirrored without repeating the border pixel
     matrix = torch.zeros(len(sigma), S, S, device=sigma.device)
-    return matrix.scatter_add_(2, source.expand(len(sigma), S, -1), weight[:, None].expand(-1, S, -1))
+    return matrix.scatter_add_(
+        2, source.expand(len(sigma), S, -1), weight[:, None].expand(-1, S, -1)
+    )
 
 
 def blur(x, sigma):
@@ -264,10 +308,17 @@ def color_jitter(x, factors, hue, order):
     for place in range(4):
         due = order[:, place]  # (N,): 0 brightness, 1 contrast, 2 saturation, 3 hue
         factor = factors.gather(1, due.clamp(max=2)[:, None])[:, 0].masked_fill(due == 3, 1)
-        f, of_mean, of_grey = (to_device(x.device, v)[:, None, None, None] for v in (factor, (1 - factor) * (due == 1), (1 - factor) * (due == 2)))
+        f, of_mean, of_grey = (
+            to_device(x.device, v)[:, None, None, None]
+            for v in (factor, (1 - factor) * (due == 1), (1 - factor) * (due == 2))
+        )
         luma = grey(x)
         x = (f * x + (of_grey * luma + of_mean * luma.mean((2, 3), keepdim=True))).clamp_(0, 1)
-        x = _on_rows(x, (due == 3) & (hue != 0), lambda rows, chosen: turn_hue(rows, to_device(x.device, hue[chosen])))
+        x = _on_rows(
+            x,
+            (due == 3) & (hue != 0),
+            lambda rows, chosen: turn_hue(rows, to_device(x.device, hue[chosen])),
+        )
     return x
 
 
@@ -279,7 +330,9 @@ def turn_hue(x, turns):
     high, low = x.amax(1), x.amin(1)
     chroma = high - low
     scale = 1 / torch.where(chroma > 0, chroma, 1)  # a grey pixel has no hue: any will do
-    sextant = torch.where(high == r, (g - b) * scale, torch.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale))
+    sextant = torch.where(
+        high == r, (g - b) * scale, torch.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale)
+    )
     sextant = sextant + 6 * turns[:, None, None]
     channels = []
     for n in (5, 3, 1):
@@ -290,4 +343,7 @@ def turn_hue(x, turns):
 
 def denormalize(x):
     """Normalised (..., 3, H, W) -> RGB in [0, 1], for pictures."""
-    return (x * torch.tensor(STD, device=x.device)[:, None, None] + torch.tensor(MEAN, device=x.device)[:, None, None]).clamp(0, 1)
+    return (
+        x * torch.tensor(STD, device=x.device)[:, None, None]
+        + torch.tensor(MEAN, device=x.device)[:, None, None]
+    ).clamp(0, 1)

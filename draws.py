@@ -3,6 +3,7 @@
 So a resumed run continues bit for bit, the number of workers changes nothing, two ranks never share a draw, and CPU and GPU draw alike.
 The hash is splitmix64 (Steele, Lea and Flood 2014) on int64 tensors, whose products wrap as the original's do.
 """
+
 import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd constants of splitmix64, as signed 64-bit integers
@@ -22,7 +23,9 @@ def key(*counters):
     h = torch.zeros((), dtype=torch.int64)
     for counter in counters:
         counter = torch.as_tensor(counter, dtype=torch.int64)
-        h = _mix(_mix(h.to(counter.device) + _GOLDEN) + counter * _GOLDEN)  # mixed twice: neighbouring counters end far apart
+        h = _mix(
+            _mix(h.to(counter.device) + _GOLDEN) + counter * _GOLDEN
+        )  # mixed twice: neighbouring counters end far apart
     return h
 
 

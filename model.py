@@ -1,4 +1,5 @@
 """Backbones, the split, the heads, the network that student and teacher both are, and reading and writing their weights."""
+
 import argparse
 import contextlib
 import math
@@ -44,7 +45,10 @@ class Attention(nn.Module):
         if n == x.shape[1]:
             rows = self.qkv(x).split(D, -1)
         else:
-            rows = F.linear(x[:, :n], weight[:D], bias[:D]), *F.linear(x, weight[D:], bias[D:]).split(D, -1)
+            rows = (
+                F.linear(x[:, :n], weight[:D], bias[:D]),
+                *F.linear(x, weight[D:], bias[D:]).split(D, -1),
+            )
         return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in rows]
 
     def weights(self, x):
@@ -56,7 +60,9 @@ class Attention(nn.Module):
         if x.is_cuda or not torch.is_grad_enabled():
             x = F.scaled_dot_product_attention(q, k, v)
         else:  # at 17 to 197 tokens the CPU's fused backward is slower than the plain products, its forward alone is not
-            with torch.autocast("cpu", enabled=False):  # softmax sums in fp32 but need not be stored so
+            with torch.autocast(
+                "cpu", enabled=False
+            ):  # softmax sums in fp32 but need not be stored so
                 x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, n, D / heads) -> (B, n, D)
 
@@ -67,7 +73,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        )
 
     def forward(self, x, kept=None, n=None):
         """x (B, N, D) -> (B, n, D): the first n tokens (None: all), which attend to all N. kept (B, 2): of kept_branches; None drops nothing."""
@@ -84,10 +92,14 @@ class ViT(nn.Module):
         super().__init__()
         self.dim, self.patch_size, self.stride = dim, patch_size, patch_size
         if img_size % patch_size:
-            raise UsageError(f"image size {img_size} is not a multiple of patch_size={patch_size}: take {max(1, round(img_size / patch_size)) * patch_size}")
+            raise UsageError(
+                f"image size {img_size} is not a multiple of patch_size={patch_size}: take {max(1, round(img_size / patch_size)) * patch_size}"
+            )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, dim))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        self.patch_embed = nn.Sequential(
+            OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size))
+        )
         self.drop_path = drop_path
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -99,10 +111,12 @@ class ViT(nn.Module):
         """x (B, 3, H, W) -> tokens (B, 1+P, dim), CLS first, with positions."""
         p = self.patch_size
         if x.shape[-2] % p or x.shape[-1] % p:
-            raise UsageError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: patch_size={p} must divide both sides")
-        patches = self.patch_embed(x)                         # (B, dim, h, w)
-        positions = self.positions(*patches.shape[-2:])       # (1, 1+P, dim)
-        patches = patches.flatten(2).mT + positions[:, 1:]    # (B, P, dim)
+            raise UsageError(
+                f"image of {x.shape[-2]}x{x.shape[-1]} pixels: patch_size={p} must divide both sides"
+            )
+        patches = self.patch_embed(x)  # (B, dim, h, w)
+        positions = self.positions(*patches.shape[-2:])  # (1, 1+P, dim)
+        patches = patches.flatten(2).mT + positions[:, 1:]  # (B, P, dim)
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         return torch.cat([cls.to(patches.dtype), patches], 1)
 
@@ -121,7 +135,9 @@ class ViT(nn.Module):
         """x (B, 3, H, W) -> the normalised CLS token (B, dim). draws (B, depth, 2): drop path's uniforms; None drops nothing."""
         x, kept = self.embed(x), kept_branches(draws, self.drop_path, len(self.blocks))
         for i, block in enumerate(self.blocks):
-            only_cls = 1 if i == len(self.blocks) - 1 else None  # of the last block nothing else is used, so nothing else is computed
+            only_cls = (
+                1 if i == len(self.blocks) - 1 else None
+            )  # of the last block nothing else is used, so nothing else is computed
             x = block(x, kept[i], only_cls)
         return self.norm(x[:, 0])
 
@@ -159,8 +175,12 @@ def _init_linear(module):
 
 # ------------------------------------------------------------------------------------------------ backbones by name
 
-VITS = dict(vit_micro=(128, 6, 4), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6), vit_base=(768, 12, 12))  # dim, depth, heads
-RESNETS = tuple(name for name in torchvision.models.list_models(module=torchvision.models) if "resne" in name)
+VITS = dict(
+    vit_micro=(128, 6, 4), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6), vit_base=(768, 12, 12)
+)  # dim, depth, heads
+RESNETS = tuple(
+    name for name in torchvision.models.list_models(module=torchvision.models) if "resne" in name
+)
 BACKBONES = (*VITS, *VMAMBAS, *RESNETS)
 
 
@@ -178,14 +198,18 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
         backbone.dim, backbone.stride = backbone.fc.in_features, 1
         backbone.fc = nn.Identity()
         return backbone.to(memory_format=torch.channels_last)
-    raise UsageError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}; there are {', '.join(BACKBONES)}")
+    raise UsageError(
+        f"unknown backbone {name!r}{nearest(name, BACKBONES)}; there are {', '.join(BACKBONES)}"
+    )
 
 
 def must_divide(backbone, arch, **sides):
     """UsageError that names the knob and the nearest good value, unless the backbone can take images of all these sides."""
     for name, side in sides.items():
         if side % backbone.stride:
-            raise UsageError(f"{name}={side} is not a multiple of {arch}'s {backbone.stride}: take {max(1, round(side / backbone.stride)) * backbone.stride}")
+            raise UsageError(
+                f"{name}={side} is not a multiple of {arch}'s {backbone.stride}: take {max(1, round(side / backbone.stride)) * backbone.stride}"
+            )
 
 
 class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
@@ -199,7 +223,9 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         world, images = dist.get_world_size(), (0, *range(2, x.ndim))
         channels = (-1, *(1,) * (x.ndim - 2))  # a row of C numbers as it meets x
-        all_reduce = torch.distributed.nn.functional.all_reduce  # the one that gradients flow through
+        all_reduce = (
+            torch.distributed.nn.functional.all_reduce
+        )  # the one that gradients flow through
         mean = all_reduce(x.mean(images, dtype=torch.float32)) / world  # (C,)
         var = all_reduce((x - mean.view(channels)).square().mean(images)) / world  # (C,)
         with torch.no_grad():
@@ -208,7 +234,9 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
         x = (x - mean.view(channels)) * (var + self.eps).rsqrt().view(channels)
-        return (x * self.weight.view(channels) + self.bias.view(channels) if self.affine else x).to(x.dtype)
+        return (x * self.weight.view(channels) + self.bias.view(channels) if self.affine else x).to(
+            x.dtype
+        )
 
 
 def synchronise_batch_norm(module, device):
@@ -233,7 +261,9 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.data)
 
     def forward(self, x):
-        return F.linear(x, self.weight_v.to(x.dtype)) * (self.weight_g[:, 0] / self.weight_v.norm(dim=1))  # the outputs are fewer than the weights
+        return F.linear(x, self.weight_v.to(x.dtype)) * (
+            self.weight_g[:, 0] / self.weight_v.norm(dim=1)
+        )  # the outputs are fewer than the weights
 
 
 class ProjectionHead(nn.Module):
@@ -241,7 +271,13 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_dim, out_dim=65536, hidden=2048, bottleneck=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
         self.apply(_init_linear)
         self.last_layer = WeightNormLinear(bottleneck, out_dim)
 
@@ -267,15 +303,29 @@ class SiameseHead(nn.Module):
 
     def __init__(self, in_dim, hidden=2048, bottleneck=512):
         super().__init__()
-        self.projector = nn.Sequential(nn.Linear(in_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                                       nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                                       nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden, affine=False))
-        self.predictor = nn.Sequential(nn.Linear(hidden, bottleneck, bias=False), nn.BatchNorm1d(bottleneck), nn.ReLU(), nn.Linear(bottleneck, hidden))
+        self.projector = nn.Sequential(
+            nn.Linear(in_dim, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden, bias=False),
+            nn.BatchNorm1d(hidden, affine=False),
+        )
+        self.predictor = nn.Sequential(
+            nn.Linear(hidden, bottleneck, bias=False),
+            nn.BatchNorm1d(bottleneck),
+            nn.ReLU(),
+            nn.Linear(bottleneck, hidden),
+        )
 
     def forward(self, z):
         """z (2 B, in_dim), first all images' first views -> (2, 2 B, hidden): projections, predictions. Batch norm sees one view at a time."""
         projections = torch.cat([self.project(view) for view in z.chunk(2)])
-        return torch.stack([projections, torch.cat([self.predictor(view) for view in projections.chunk(2)])])
+        return torch.stack(
+            [projections, torch.cat([self.predictor(view) for view in projections.chunk(2)])]
+        )
 
     def project(self, z):
         """z (N, in_dim) -> (N, hidden)."""
@@ -292,7 +342,9 @@ class Network(nn.Module):
         self.backbone, self.ratio = backbone, ratio
         d_ir = split(torch.empty(backbone.dim), ratio)[0].numel()
         if not 0 < d_ir <= backbone.dim or (ratio < 1 and d_ir == backbone.dim):
-            raise UsageError(f"ratio={ratio} leaves one part of the {backbone.dim} dimensions empty: move it towards 0.8")
+            raise UsageError(
+                f"ratio={ratio} leaves one part of the {backbone.dim} dimensions empty: move it towards 0.8"
+            )
         self.head_ir = make_head(d_ir, "ir")
         self.head_ef = make_head(backbone.dim - d_ir, "ef") if ratio < 1 else None
 
@@ -306,9 +358,16 @@ class Network(nn.Module):
         z = []
         for i, images in enumerate(views):
             images = images.flatten(0, 1)  # (n * B, 3, H, W)
-            z.append(self.backbone(images) if draws is None else self.backbone(images, draws[i].flatten(0, 1)))
+            z.append(
+                self.backbone(images)
+                if draws is None
+                else self.backbone(images, draws[i].flatten(0, 1))
+            )
         z_ir, z_ef = split(torch.cat(z), self.ratio)  # (V * B, d_ir), (V * B, d_ef)
-        out = [head.unit(part) if isinstance(head, ProjectionHead) else head(part) for head, part in zip(self.heads.values(), (z_ir, z_ef))]
+        out = [
+            head.unit(part) if isinstance(head, ProjectionHead) else head(part)
+            for head, part in zip(self.heads.values(), (z_ir, z_ef))
+        ]
         return (*(x.unflatten(-2, (-1, B)) for x in out), None)[:2]
 
     @property
@@ -322,9 +381,19 @@ def build_network(config):
     backbone = build_backbone(config.arch, config.img_size, config.patch_size, config.drop_path)
     ratio = config.ratio if config.method in ("clever", "ddcl") else 1.0
     if config.method in ("simsiam", "ddcl"):
-        return Network(backbone, ratio, lambda in_dim, _: SiameseHead(in_dim, config.head_hidden, config.head_bottleneck))
+        return Network(
+            backbone,
+            ratio,
+            lambda in_dim, _: SiameseHead(in_dim, config.head_hidden, config.head_bottleneck),
+        )
     prototypes = dict(ir=config.out_dim, ef=config.out_dim_ef)
-    return Network(backbone, ratio, lambda in_dim, name: ProjectionHead(in_dim, prototypes[name], config.head_hidden, config.head_bottleneck))
+    return Network(
+        backbone,
+        ratio,
+        lambda in_dim, name: ProjectionHead(
+            in_dim, prototypes[name], config.head_hidden, config.head_bottleneck
+        ),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -342,7 +411,9 @@ def save_atomically(obj, path):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.remove(partial)  # it may be what fills the disk
-        refused = error if isinstance(error, OSError) else error.__context__  # torch says "unexpected pos", in place of what the system said
+        refused = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch says "unexpected pos", in place of what the system said
         raise refused if isinstance(refused, OSError) else error
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)  # the rename itself must reach the disk
@@ -353,18 +424,39 @@ def read_checkpoint(path):
     """torch.load of tensors and plain types only; UsageError for anything else. DINO's checkpoints also hold an argparse.Namespace, VMamba's a dict
     of yacs' own kind, read here as a plain one."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
+        with torch.serialization.safe_globals(
+            [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+        ):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from None
+        raise UsageError(
+            f"{path}: {error.strerror or error}; give the path of a checkpoint"
+        ) from None
     except pickle.UnpicklingError:
         with open(path, "rb") as file:
-            is_pickled = file.read(1) in (b"P", b"\x80")  # a zip as torch writes it, or a pickle as it once did
+            is_pickled = file.read(1) in (
+                b"P",
+                b"\x80",
+            )  # a zip as torch writes it, or a pickle as it once did
         if not is_pickled:
-            raise UsageError(f"{path}: not a checkpoint; give a run's ckpt.pt or backbone.pt, or a published file of weights") from None
-        raise UsageError(f"{path}: refused, more than tensors and plain types, so loading could run code; take a file that torch.load(weights_only=True) reads") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UsageError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again") from None
+            raise UsageError(
+                f"{path}: not a checkpoint; give a run's ckpt.pt or backbone.pt, or a published file of weights"
+            ) from None
+        raise UsageError(
+            f"{path}: refused, more than tensors and plain types, so loading could run code; take a file that torch.load(weights_only=True) reads"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
+        raise UsageError(
+            f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
+        ) from None
 
 
 COUNTER = "num_batches_tracked"  # of batch norm, steps seen: files older than PyTorch 0.4.1 lack it, and at inference nothing needs it
@@ -379,32 +471,67 @@ def load_backbone(path, part="teacher"):
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not weights by name")
-    config = checkpoint["config"] if isinstance(checkpoint.get("config"), dict) and "arch" in checkpoint["config"] else {}  # ours, no one else's
+    config = (
+        checkpoint["config"]
+        if isinstance(checkpoint.get("config"), dict) and "arch" in checkpoint["config"]
+        else {}
+    )  # ours, no one else's
     if "student" in checkpoint or "teacher" in checkpoint:
         if part not in checkpoint:
-            raise UsageError(f"{path}: no part {part!r}; there is {', '.join(name for name in ('student', 'teacher') if name in checkpoint)}")
+            raise UsageError(
+                f"{path}: no part {part!r}; there is {', '.join(name for name in ('student', 'teacher') if name in checkpoint)}"
+            )
         state = checkpoint[part]
     else:
-        state = next((checkpoint[name] for name in ("state_dict", "model") if isinstance(checkpoint.get(name), dict)), checkpoint)
+        state = next(
+            (
+                checkpoint[name]
+                for name in ("state_dict", "model")
+                if isinstance(checkpoint.get(name), dict)
+            ),
+            checkpoint,
+        )
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UsageError(f"{path}: holds no weights by name; give a checkpoint or a state dict")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc.", "classifier.head."))}
+        state = {
+            key.removeprefix("backbone."): value
+            for key, value in state.items()
+            if key.startswith("backbone.")
+        }
+    state = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(("head.", "fc.", "classifier.head."))
+    }
 
-    one_by_one = (".in_proj.weight", ".out_proj.weight", ".fc1.weight", ".fc2.weight")  # VMamba has saved linear maps as 1 x 1 convolutions too
-    state = {key: value.flatten(1) if key.endswith(one_by_one) and getattr(value, "ndim", 0) == 4 else value for key, value in state.items()}
+    one_by_one = (
+        ".in_proj.weight",
+        ".out_proj.weight",
+        ".fc1.weight",
+        ".fc2.weight",
+    )  # VMamba has saved linear maps as 1 x 1 convolutions too
+    state = {
+        key: value.flatten(1)
+        if key.endswith(one_by_one) and getattr(value, "ndim", 0) == 4
+        else value
+        for key, value in state.items()
+    }
 
     arch, img_size, patch_size = _recognise(state, path)
     if config and config.get("arch") != arch:
-        raise UsageError(f"{path}: its config says {config.get('arch')}, its weights are those of {arch}")
+        raise UsageError(
+            f"{path}: its config says {config.get('arch')}, its weights are those of {arch}"
+        )
     backbone = build_backbone(arch, img_size, patch_size)
     counters = {key: value for key, value in backbone.state_dict().items() if key.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
     config = config or dict(arch=arch, img_size=img_size, patch_size=patch_size)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"loaded {path}: {config.get('method', 'foreign')} {arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters")
+        print(
+            f"loaded {path}: {config.get('method', 'foreign')} {arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters"
+        )
     return backbone.eval(), config
 
 
@@ -412,18 +539,31 @@ def _recognise(state, path):
     """The one backbone whose keys and shapes are exactly those of `state` -> (arch, img_size, patch_size)."""
     shapes = {key: tuple(value.shape) for key, value in state.items() if hasattr(value, "shape")}
     img_size, patch_size = 224, 16
-    patch, positions = shapes.get("patch_embed.proj.weight", ()), shapes.get("pos_embed", ())  # (D, 3, P, P), (1, 1 + N, D)
+    patch, positions = (
+        shapes.get("patch_embed.proj.weight", ()),
+        shapes.get("pos_embed", ()),
+    )  # (D, 3, P, P), (1, 1 + N, D)
     if len(patch) == 4 and patch[-1] > 0 and len(positions) == 3 and positions[1] > 1:
         patch_size = patch[-1]
         img_size = math.isqrt(positions[1] - 1) * patch_size
     best, fewest = None, None
     for arch in BACKBONES:
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in build_backbone(arch, img_size, patch_size).state_dict().items()}
-        wrong = [key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key) and not (key.endswith(COUNTER) and key not in shapes)]
+            expected = {
+                key: tuple(value.shape)
+                for key, value in build_backbone(arch, img_size, patch_size).state_dict().items()
+            }
+        wrong = [
+            key
+            for key in {**expected, **shapes}
+            if expected.get(key) != shapes.get(key)
+            and not (key.endswith(COUNTER) and key not in shapes)
+        ]
         if not wrong and len(shapes) == len(state):
             return arch, img_size, patch_size
         if fewest is None or len(wrong) < len(fewest):
             best, fewest = arch, wrong
-    raise UsageError(f"{path}: not the weights of a backbone known here; nearest is {best}, where {len(fewest)} entries differ, "
-                     f"such as {', '.join(sorted(fewest)[:3])}")
+    raise UsageError(
+        f"{path}: not the weights of a backbone known here; nearest is {best}, where {len(fewest)} entries differ, "
+        f"such as {', '.join(sorted(fewest)[:3])}"
+    )

@@ -4,6 +4,7 @@
 
 Each representation is judged whole (full) and by its parts (ir, ef); beside ef stands as wide a slice of ir, beside all of them the same
 backbone untrained. `results.json` beside the checkpoint keeps every number with its protocol."""
+
 import base64
 import ctypes
 import datetime
@@ -42,11 +43,24 @@ def perturbed(name, seed=0):
 
 def quarter_turn(n):
     """The transform that turns images by n * 90 degrees, exactly; no border appears that would give the answer away."""
-    return lambda images, keys: augment(torch.rot90(images, n, (2, 3)).contiguous(), PERTURBATIONS["orig"], keys)
+    return lambda images, keys: augment(
+        torch.rot90(images, n, (2, 3)).contiguous(), PERTURBATIONS["orig"], keys
+    )
 
 
 @torch.no_grad()
-def features(backbone, images, transforms, size, device, autocast, workers=0, batch_size=256, progress="", **views):
+def features(
+    backbone,
+    images,
+    transforms,
+    size,
+    device,
+    autocast,
+    workers=0,
+    batch_size=256,
+    progress="",
+    **views,
+):
     """z of every image under every transform, in one pass over the decoded images -> list of float32 (N, dim), labels (N,), on `device`.
 
     Images are cropped at the centre, or by views = dict(scale=..., seed=..., epoch=...) at random (data.eval_loader). All ranks share the work and each gets everything. The labels are those of what was read: a broken image's place is taken by the next
@@ -56,9 +70,17 @@ def features(backbone, images, transforms, size, device, autocast, workers=0, ba
     outputs = [torch.zeros(len(images), backbone.dim, device=device) for _ in transforms]
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     was_training, at = backbone.training, rank
-    broken = data.BrokenFiles(max(len(images) / world, 100))  # a small slice may hold the one of a good data set
+    broken = data.BrokenFiles(
+        max(len(images) / world, 100)
+    )  # a small slice may hold the one of a good data set
     backbone.eval()
-    for batch, keys, label, bad in tqdm(loader, desc=progress, leave=False, disable=rank > 0 or not progress, mininterval=0.5 if sys.stderr.isatty() else 60):
+    for batch, keys, label, bad in tqdm(
+        loader,
+        desc=progress,
+        leave=False,
+        disable=rank > 0 or not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 60,
+    ):
         broken.report(bad, tqdm.write)
         batch = batch.to(device, non_blocking=True)
         mine = slice(at, at + len(batch) * world, world)
@@ -125,15 +147,26 @@ def ridge_answers(train_x, train_y, tests):
     held_out = torch.arange(len(x), device=x.device) % 10 == 9
 
     def fit(x, targets, penalties):
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # one decomposition serves all penalties
+        values, vectors = torch.linalg.eigh(
+            x.T @ x / len(x)
+        )  # one decomposition serves all penalties
         projected = vectors.T @ (x.T @ targets) / len(x)
-        return [vectors @ (projected / (values.clamp(min=0) + penalty)[:, None]) for penalty in penalties]
+        return [
+            vectors @ (projected / (values.clamp(min=0) + penalty)[:, None])
+            for penalty in penalties
+        ]
 
     penalties = [10.0**p for p in range(-6, 2)]
-    on_held_out = [((x[held_out] @ w).argmax(1) == train_y[held_out]).double().mean() for w in fit(x[~held_out], targets[~held_out], penalties)]
+    on_held_out = [
+        ((x[held_out] @ w).argmax(1) == train_y[held_out]).double().mean()
+        for w in fit(x[~held_out], targets[~held_out], penalties)
+    ]
     [weight] = fit(x, targets, [penalties[int(torch.stack(on_held_out).argmax())]])
     standardised = [((test_x - mean) / std).double() for test_x, _ in tests]
-    return [(z @ weight[:-1] + weight[-1]).argmax(1) == y.to(z.device) for z, (_, y) in zip(standardised, tests)]
+    return [
+        (z @ weight[:-1] + weight[-1]).argmax(1) == y.to(z.device)
+        for z, (_, y) in zip(standardised, tests)
+    ]
 
 
 def percent(right):
@@ -174,7 +207,9 @@ def judge(models, train, val, size, device, autocast, workers=0, seed=0, answers
     Class: a ridge probe fitted to clean training images, tested on the clean validation images and on the same turned by -90 .. 90 degrees
     (corners black). Rotation: a ridge probe for 0 / 90 / 180 / 270 degrees, fitted and tested on images turned exactly so. kNN as DINO's."""
     rows, turns = [], [quarter_turn(n) for n in range(4)]
-    which_train, which_val = (torch.arange(4).repeat_interleave(len(images)) for images in (train, val))
+    which_train, which_val = (
+        torch.arange(4).repeat_interleave(len(images)) for images in (train, val)
+    )
     chance = 100 / len(val.classes)
     common = dict(size=size, device=device, autocast=autocast, workers=workers)
 
@@ -182,20 +217,45 @@ def judge(models, train, val, size, device, autocast, workers=0, seed=0, answers
         for i, (column, value) in enumerate(zip(COLUMNS, values)):
             more = dict(right=packed(all_right[i])) if answers and all_right else {}
             n = len(all_right[i]) if all_right else len(val)
-            rows.append(dict(row=row, part=part, dims=dims, test="ro" if "rotated" in column else "orig", metric=column, value=round(value, 2), seed=seed, n=n, **more))
+            rows.append(
+                dict(
+                    row=row,
+                    part=part,
+                    dims=dims,
+                    test="ro" if "rotated" in column else "orig",
+                    metric=column,
+                    value=round(value, 2),
+                    seed=seed,
+                    n=n,
+                    **more,
+                )
+            )
 
     for row, backbone, ratio, *_ in models:
-        on_train, train_y = features(backbone, train, turns, progress=f"features of {row}, train", **common)
-        on_val, val_y = features(backbone, val, [*turns, perturbed("ro", seed)], progress=f"features of {row}, val", **common)
-        by_part = [list(parts(z, ratio).items()) for z in (torch.cat(on_train), torch.cat(on_val[:4]), on_val[4])]
+        on_train, train_y = features(
+            backbone, train, turns, progress=f"features of {row}, train", **common
+        )
+        on_val, val_y = features(
+            backbone,
+            val,
+            [*turns, perturbed("ro", seed)],
+            progress=f"features of {row}, val",
+            **common,
+        )
+        by_part = [
+            list(parts(z, ratio).items())
+            for z in (torch.cat(on_train), torch.cat(on_val[:4]), on_val[4])
+        ]
         if ratio < 1:
             for named in by_part:
-                named.insert(2, ("ir", named[1][1][:, :named[2][1].shape[1]]))
+                named.insert(2, ("ir", named[1][1][:, : named[2][1].shape[1]]))
         for (part, turned_train), (_, turned_val), (_, rotated) in zip(*by_part):
-            clean_train, clean_val = turned_train[:len(train)], turned_val[:len(val)]
-            all_right = [*ridge_answers(clean_train, train_y, [(clean_val, val_y), (rotated, val_y)]),
-                         *ridge_answers(turned_train, which_train, [(turned_val, which_val)]),
-                         *(knn_answers(clean_train, train_y, z, val_y) for z in (clean_val, rotated))]
+            clean_train, clean_val = turned_train[: len(train)], turned_val[: len(val)]
+            all_right = [
+                *ridge_answers(clean_train, train_y, [(clean_val, val_y), (rotated, val_y)]),
+                *ridge_answers(turned_train, which_train, [(turned_val, which_val)]),
+                *(knn_answers(clean_train, train_y, z, val_y) for z in (clean_val, rotated)),
+            ]
             add(row, part, clean_train.shape[1], map(percent, all_right), all_right)
     add("chance", "", "", [chance, chance, 25, chance, chance])
     return rows
@@ -208,19 +268,33 @@ def table_lines(rows):
     column = "test" if "judge" in rows[0] else "metric"
     columns, cells = list(dict.fromkeys(row[column] for row in rows)), {}
     for row in rows:
-        cells.setdefault((row["row"], row["part"], row["dims"], row.get("judge", "")), {}).setdefault(row[column], []).append(row["value"])
+        cells.setdefault(
+            (row["row"], row["part"], row["dims"], row.get("judge", "")), {}
+        ).setdefault(row[column], []).append(row["value"])
     judges = column == "test"
     wide = max(27, *(len(f"{row}, {part}") for row, part, *_ in cells))
     width = max(len(judge) for *_, judge in cells)
-    yield f"| {'in %':{wide}} | dims | " + (f"{'judge':{width}} | " if judges else "") + " | ".join(columns) + " |"
+    yield (
+        f"| {'in %':{wide}} | dims | "
+        + (f"{'judge':{width}} | " if judges else "")
+        + " | ".join(columns)
+        + " |"
+    )
     yield "|---|--:|" + ("---|" if judges else "") + "--:|" * len(columns)
     for (row, part, dims, judge), values in cells.items():
         numbers = (f"{_mean_and_std(values.get(name, [])):>{len(name)}}" for name in columns)
-        yield f"| {row + (', ' + part if part else ''):{wide}} | {dims:4} | " + (f"{judge:{width}} | " if judges else "") + " | ".join(numbers) + " |"
+        yield (
+            f"| {row + (', ' + part if part else ''):{wide}} | {dims:4} | "
+            + (f"{judge:{width}} | " if judges else "")
+            + " | ".join(numbers)
+            + " |"
+        )
 
 
 def _mean_and_std(values):
-    return (f"{statistics.mean(values):.1f}" if values else "") + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return (f"{statistics.mean(values):.1f}" if values else "") + (
+        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
 
 
 def read_results(path):
@@ -241,11 +315,24 @@ def append_results(path, task, protocol, seconds, rows):
     """Append one evaluation to the list in the JSON file `path` (design: task, protocol, commit, date, seconds, rows)."""
     runs = read_results(path)
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=os.path.dirname(os.path.abspath(__file__)),
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
-    runs.append(dict(task=task, protocol=protocol, commit=commit or None, date=datetime.datetime.now().isoformat(timespec="seconds"),
-                     seconds=round(seconds, 1), rows=rows))
+    runs.append(
+        dict(
+            task=task,
+            protocol=protocol,
+            commit=commit or None,
+            date=datetime.datetime.now().isoformat(timespec="seconds"),
+            seconds=round(seconds, 1),
+            rows=rows,
+        )
+    )
     with open(path + ".partial", "w") as file:
         json.dump(runs, file, indent=1)
     os.replace(path + ".partial", path)
@@ -266,9 +353,15 @@ def join_processes(device):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
-        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):  # on one machine: torchrun's restarted ranks would else find the dead ones' addresses
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        if world == int(
+            os.environ.get("LOCAL_WORLD_SIZE", 0)
+        ):  # on one machine: torchrun's restarted ranks would else find the dead ones' addresses
+            store = dist.PrefixStore(
+                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+            )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world
+        )
     return *rank_and_world(), device
 
 
@@ -295,7 +388,9 @@ def choose_device(name):
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
-        raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node, or take --device=cpu")
+        raise UsageError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node, or take --device=cpu"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -305,7 +400,10 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)  # no block a mapping of its own; never give back
+        (
+            mallopt(M_MMAP_MAX, 0),
+            mallopt(M_TRIM_THRESHOLD, -1),
+        )  # no block a mapping of its own; never give back
 
 
 def choose_scan(name):
@@ -320,9 +418,13 @@ def choose_precision(name, device):
         if device.type == "cuda":
             fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            fast_bf16 = torch.cpu._is_avx512_bf16_supported() and not amx_is_broken  # Intel's bf16 without AMX is slower than its fp32
+            fast_bf16 = (
+                torch.cpu._is_avx512_bf16_supported() and not amx_is_broken
+            )  # Intel's bf16 without AMX is slower than its fp32
         name = "bf16" if fast_bf16 else "fp32"
-    return name, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16")
+    return name, functools.partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16"
+    )
 
 
 @functools.cache
@@ -344,7 +446,9 @@ def _do_without_broken_amx():
             os._exit(1)  # whatever was raised: the child must never go on as a second run
     is_broken = os.waitpid(child, 0)[1] != 0
     if is_broken:
-        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # processes started by this one inherit it
+        os.environ.setdefault(
+            "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
+        )  # processes started by this one inherit it
     return is_broken
 
 
@@ -353,10 +457,13 @@ def _do_without_broken_amx():
 
 class Model(NamedTuple):
     """A row of a table."""
-    row: str                    # what to call it
-    backbone: torch.nn.Module   # in eval mode, on the device
-    ratio: float                # share of ir; 1: no split, 'full' alone
-    trained: dict               # the config it was trained with; of foreign weights arch, img_size and patch_size
+
+    row: str  # what to call it
+    backbone: torch.nn.Module  # in eval mode, on the device
+    ratio: float  # share of ir; 1: no split, 'full' alone
+    trained: (
+        dict  # the config it was trained with; of foreign weights arch, img_size and patch_size
+    )
 
 
 def open_models(config, device, untrained):
@@ -369,13 +476,29 @@ def open_models(config, device, untrained):
         backbone, trained = load_backbone(path)
         method = trained.get("method", trained["arch"])
         row = method if method not in [model.row for model in models] else path
-        models.append(Model(row, backbone.to(device), trained["ratio"] if method in ("clever", "ddcl") else 1, trained))
-    alike = [{name: model.trained[name] for name in ("arch", "img_size", "patch_size")} for model in models]
+        models.append(
+            Model(
+                row,
+                backbone.to(device),
+                trained["ratio"] if method in ("clever", "ddcl") else 1,
+                trained,
+            )
+        )
+    alike = [
+        {name: model.trained[name] for name in ("arch", "img_size", "patch_size")}
+        for model in models
+    ]
     if alike[0] != alike[-1]:
-        raise UsageError(f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like; give each a table of its own")
+        raise UsageError(
+            f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like; give each a table of its own"
+        )
     if untrained:
         torch.manual_seed(config.seed)
-        fresh = build_backbone(alike[0]["arch"], alike[0]["img_size"], alike[0]["patch_size"]).to(device).eval()
+        fresh = (
+            build_backbone(alike[0]["arch"], alike[0]["img_size"], alike[0]["patch_size"])
+            .to(device)
+            .eval()
+        )
         models.append(Model("untrained", fresh, 1, alike[0]))
     return [*models[-1:], *models[:-1]] if untrained else models, models[0].trained
 
@@ -384,15 +507,26 @@ def chosen_parts(models, part, ckpt):
     """[(row, part)] to judge: all, or of each model `part` alone; a model to compare with that has no split stays whole."""
     parts = {model.row: ("full",) if model.ratio == 1 else ("full", "ir", "ef") for model in models}
     if part and part not in ("full", "ir", "ef"):
-        raise UsageError(f"part={part}: choose from full, ir, ef{nearest(part, ('full', 'ir', 'ef'))}")
+        raise UsageError(
+            f"part={part}: choose from full, ir, ef{nearest(part, ('full', 'ir', 'ef'))}"
+        )
     if part and not any(part in names for names in parts.values()):
-        raise UsageError(f"part={part}: {ckpt} tells of no split, so it has only 'full'; take --part=full, or the ckpt.pt of a CLeVER run")
-    return [(row, name) for row, names in parts.items() for name in names if not part or name == part or part not in names]
+        raise UsageError(
+            f"part={part}: {ckpt} tells of no split, so it has only 'full'; take --part=full, or the ckpt.pt of a CLeVER run"
+        )
+    return [
+        (row, name)
+        for row, names in parts.items()
+        for name in names
+        if not part or name == part or part not in names
+    ]
 
 
 def must_be_finite(z, ckpt):
     if not z.isfinite().all():
-        raise UsageError(f"{ckpt}: the backbone gives features that are not finite; take an earlier checkpoint, or try --precision=fp32")
+        raise UsageError(
+            f"{ckpt}: the backbone gives features that are not finite; take an earlier checkpoint, or try --precision=fp32"
+        )
 
 
 def data_of(config, trained):
@@ -417,18 +551,21 @@ def results_folder(config):
 @dataclass
 class ProbeConfig:
     """Knobs of probe.py: the table of kNN and ridge probes of one or two checkpoints beside the untrained backbone."""
-    ckpt: str = ""          # checkpoint or backbone file
-    compare: str = ""       # a second one, such as DINO's beside CLeVER's
-    data: str = ""          # as in train.py, with labels, train and val; default: what the checkpoint was trained on
-    classes: str = ""       # default: the list the checkpoint was trained on, if any; 'all': every class folder
+
+    ckpt: str = ""  # checkpoint or backbone file
+    compare: str = ""  # a second one, such as DINO's beside CLeVER's
+    data: str = ""  # as in train.py, with labels, train and val; default: what the checkpoint was trained on
+    classes: str = (
+        ""  # default: the list the checkpoint was trained on, if any; 'all': every class folder
+    )
     data_root: str = "data"
     workers: int = 2
-    seed: int = 0           # of the rotations and of the untrained weights
+    seed: int = 0  # of the rotations and of the untrained weights
     device: str = "auto"
     precision: str = "auto"
-    scan: str = "auto"      # VMamba's selective scan, as in train.py
-    answers: bool = False   # also keep which test images were right, for error bars (evidence.py)
-    out: str = ""           # folder for results.json; default: the checkpoint's
+    scan: str = "auto"  # VMamba's selective scan, as in train.py
+    answers: bool = False  # also keep which test images were right, for error bars (evidence.py)
+    out: str = ""  # folder for results.json; default: the checkpoint's
 
 
 def main(argv):
@@ -442,9 +579,17 @@ def main(argv):
     size = trained["img_size"]
     config.data, config.classes = data_of(config, trained)
     train, val = data.labelled_splits(config.data, config.classes, config.data_root, img_size=size)
-    rows = judge(models, train, val, size, device, autocast, config.workers, config.seed, config.answers)
+    rows = judge(
+        models, train, val, size, device, autocast, config.workers, config.seed, config.answers
+    )
     print("\n".join(table_lines(rows)))
-    append_results(os.path.join(out, "results.json"), "probe", {**asdict(config), "precision": precision}, time.perf_counter() - start, rows)
+    append_results(
+        os.path.join(out, "results.json"),
+        "probe",
+        {**asdict(config), "precision": precision},
+        time.perf_counter() - start,
+        rows,
+    )
 
 
 if __name__ == "__main__":

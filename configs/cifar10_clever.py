@@ -4,12 +4,13 @@
 
 Hardware: one GPU of any size; hours on it, not yet measured. No published number: the paper does not use CIFAR.
 """
+
 data = "cifar10"
-arch, patch_size = "vit_tiny", 4   # 8 x 8 patches of the global crop
+arch, patch_size = "vit_tiny", 4  # 8 x 8 patches of the global crop
 img_size, local_size = 32, 16
 local_crops = 6
-blur = solarize = False            # at 32 px they destroy what there is to see
-out_dim = 4096                     # 50,000 images do not fill 65536 prototypes
+blur = solarize = False  # at 32 px they destroy what there is to see
+out_dim = 4096  # 50,000 images do not fill 65536 prototypes
 head_hidden = 1024
 epochs, warmup_epochs = 200, 10
 batch_size = 256

@@ -1,7 +1,8 @@
 """CLeVER without L_PReg: as collapse_ddcl.py but for the method.
 
-    python train.py configs/collapse_clever_lam0.py
+python train.py configs/collapse_clever_lam0.py
 """
+
 from configs.collapse_ddcl import *
 
 method = "clever"

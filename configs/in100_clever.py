@@ -8,10 +8,11 @@ Aims at (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 75.7 / 73.6. 
     --arch=vit_tiny 68.7 / 66.0    --arch=resnet18 74.2 / 71.3    --arch=resnet50 79.1 / 77.7
     --recipe=baug (vit_small) 76.7 / 50.4
 """
+
 data = "data/imagenet"
 classes = "configs/in100_classes.txt"  # CMC's list
 arch = "vit_small"
 recipe = "caug"
-epochs = 200            # the scripts' tables; the paper's text has 500
-batch_size = 512        # 4 x 128
+epochs = 200  # the scripts' tables; the paper's text has 500
+batch_size = 512  # 4 x 128
 out_dir = "out/in100_clever"

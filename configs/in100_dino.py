@@ -6,6 +6,7 @@ Hardware and time as in100_clever.py. Aims at (authors' README, 200 epochs, line
     --arch=vit_tiny 66.2 / 62.6    --arch=resnet18 71.5 / 68.7    --arch=resnet50 78.4 / 76.4
     --recipe=baug (vit_small) 75.9 / 50.7
 """
+
 method = "dino"
 data = "data/imagenet"
 classes = "configs/in100_classes.txt"

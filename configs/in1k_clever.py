@@ -6,10 +6,11 @@ Hardware: 4 x A100; by the paper's 1,005 img/s on IN-100 about 35 h for 100 epoc
 The paper's table for it is lost in our copy, so no number to aim at; its text says that the gain over DINO is smaller than on IN-100, and larger
 with --recipe=caug+.
 """
+
 data = "data/imagenet"
 arch = "vit_small"
 recipe = "caug"
 epochs = 100
 batch_size = 512
-eval_every = 20         # a kNN over 1.28 M images takes its time
+eval_every = 20  # a kNN over 1.28 M images takes its time
 out_dir = "out/in1k_clever"

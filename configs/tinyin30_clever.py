@@ -6,16 +6,25 @@ where many cheap images count for more than large ones. RESULTS.md tells what wa
 
 Hardware: a CPU core in fp32. Time and accuracy measured: RESULTS.md, rows *long*. Knobs without a reason here have theirs in tinyin40_clever.py.
 """
+
 data = "data/tinyin40"
-classes = "configs/tinyin40_seen.txt"          # tinyin40_unseen.txt has the ten that are kept for fine-tuning
+classes = (
+    "configs/tinyin40_seen.txt"  # tinyin40_unseen.txt has the ten that are kept for fine-tuning
+)
 arch, patch_size = "vit_micro", 8
-img_size, local_size, local_crops = 32, 16, 4  # 17 and 5 tokens: twice the images in the same time as with 48 and 24
+img_size, local_size, local_crops = (
+    32,
+    16,
+    4,
+)  # 17 and 5 tokens: twice the images in the same time as with 48 and 24
 out_dim, head_hidden = 1024, 512
 drop_path = 0.0
 blur = solarize = False
 epochs, warmup_epochs = 20, 1
-batch_size, lr = 64, 2e-3                      # of 1e-3 and 2e-3 the better after three epochs, by a hair
-freeze_last_layer = 3                          # so many epochs of 234 steps; one was as good, within what 1,500 images can tell
+batch_size, lr = 64, 2e-3  # of 1e-3 and 2e-3 the better after three epochs, by a hair
+freeze_last_layer = (
+    3  # so many epochs of 234 steps; one was as good, within what 1,500 images can tell
+)
 ema = 0.99
 workers = 1
 eval_every = 5

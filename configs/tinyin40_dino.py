@@ -5,6 +5,7 @@
 
 Hardware, time and accuracy: as tinyin40_clever.py.
 """
+
 method = "dino"
 data = "data/tinyin40"
 arch, patch_size = "vit_micro", 8

@@ -1,4 +1,5 @@
 """What the tests share: a small folder of images, the command lines of a tiny run, where the optional real data lie."""
+
 import contextlib
 import os
 import signal
@@ -16,16 +17,40 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, os.cpu_count()))
 import probe  # noqa: E402
 
-probe.choose_precision("auto", torch.device("cpu"))  # before the first operation: it sees to processors that announce what they cannot do
+probe.choose_precision(
+    "auto", torch.device("cpu")
+)  # before the first operation: it sees to processors that announce what they cannot do
 SHARED = ROOT.parent / "shared" / "data"
 
-TINY = dict(arch="vit_micro", patch_size=8, img_size=32, local_size=16, local_crops=2, out_dim=64, head_hidden=32, head_bottleneck=16, batch_size=16,
-            epochs=2, warmup_epochs=1, workers=0, log_every=1, eval_every=0, device="cpu", precision="fp32", lr=2e-3, ema=0.9)
+TINY = dict(
+    arch="vit_micro",
+    patch_size=8,
+    img_size=32,
+    local_size=16,
+    local_crops=2,
+    out_dim=64,
+    head_hidden=32,
+    head_bottleneck=16,
+    batch_size=16,
+    epochs=2,
+    warmup_epochs=1,
+    workers=0,
+    log_every=1,
+    eval_every=0,
+    device="cpu",
+    precision="fp32",
+    lr=2e-3,
+    ema=0.9,
+)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, loudly, where there is none")
-    config.addinivalue_line("markers", "faults: what can spoil a run, injected; ten minutes on two cores")
+    config.addinivalue_line(
+        "markers", "gpu: needs a CUDA device; skipped, loudly, where there is none"
+    )
+    config.addinivalue_line(
+        "markers", "faults: what can spoil a run, injected; ten minutes on two cores"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -39,6 +64,7 @@ def pytest_collection_modifyitems(items):
 def folder(tmp_path_factory):
     """train/CLASS/*.png (10 classes x 8) and val/CLASS/*.png (10 x 4) of 32 px, the built-in shapes written out."""
     import data
+
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 80), ("val", 40)):
         images = data.shapes(split, 32, count)
@@ -53,6 +79,7 @@ def folder(tmp_path_factory):
 def scans_put_back(monkeypatch):
     """Compiling takes vmamba's scans out of every graph for good; after the test they are as before."""
     import vmamba
+
     for name in ("scan_loop", "scan_torch", "scan_triton"):
         monkeypatch.setattr(vmamba, name, getattr(vmamba, name))
 
@@ -63,6 +90,7 @@ def arguments(**knobs):
 
 def tiny_config(**knobs):
     from configurator import Config
+
     return Config(**{**TINY, **knobs})
 
 
@@ -70,13 +98,28 @@ def run_script(*command, processes=1, check=True, timeout=300, **environment):
     """Run a script of the project, under torchrun for more than one process -> CompletedProcess with its text output."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+        ]
     command = [*launcher, *map(str, command)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
+    ) as process:
         try:
             out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:  # say where each process stands: faulthandler prints the stacks of one that is aborted
+        except (
+            subprocess.TimeoutExpired
+        ):  # say where each process stands: faulthandler prints the stacks of one that is aborted
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             if children:
                 process.send_signal(signal.SIGSTOP)  # torchrun would end the other ranks

@@ -1,13 +1,14 @@
 """A run of train.py to which something happens: python tests/inject.py FAULT [config.py] [--key=value ...], FAULT one of
 
-    nan:FROM:TO[:RANK]     the views of those steps are not finite, on one rank
-    term:STEP              SIGTERM to this process during that step
-    kill:STEP:RANK         SIGKILL to that rank during that step, the first time only
-    full:FROM:TO           no file may grow beyond a few bytes from one step to the other (let no epoch end between them: loading workers would inherit it)
-    readonly:FROM:TO       out_dir is mounted read-only from one step to the other (in a mount namespace of its own)
-    gone:STEP              someone removes out_dir
-    die:CALL:N             SIGKILL at the N-th call of os.replace, os.fsync or torch.save's write, that is in the middle of a checkpoint
+nan:FROM:TO[:RANK]     the views of those steps are not finite, on one rank
+term:STEP              SIGTERM to this process during that step
+kill:STEP:RANK         SIGKILL to that rank during that step, the first time only
+full:FROM:TO           no file may grow beyond a few bytes from one step to the other (let no epoch end between them: loading workers would inherit it)
+readonly:FROM:TO       out_dir is mounted read-only from one step to the other (in a mount namespace of its own)
+gone:STEP              someone removes out_dir
+die:CALL:N             SIGKILL at the N-th call of os.replace, os.fsync or torch.save's write, that is in the middle of a checkpoint
 """
+
 import os
 import resource
 import shutil
@@ -25,13 +26,22 @@ from configurator import exit_on_usage_error  # noqa: E402
 
 def inject(fault):
     kind, *numbers = fault.split(":")
-    rank, step_of, whole_step, views_of = int(os.environ.get("RANK", 0)), [None], train.train_step, train.views_of
+    rank, step_of, whole_step, views_of = (
+        int(os.environ.get("RANK", 0)),
+        [None],
+        train.train_step,
+        train.views_of,
+    )
 
     def step(run, step, *batch):
         step_of[0] = step
         if kind == "term" and step == int(numbers[0]):
             os.kill(os.getpid(), signal.SIGTERM)
-        if kind == "kill" and [step, rank] == list(map(int, numbers)) and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        if (
+            kind == "kill"
+            and [step, rank] == list(map(int, numbers))
+            and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "full":
             limit = 100 if int(numbers[0]) <= step < int(numbers[1]) else resource.RLIM_INFINITY
@@ -47,7 +57,12 @@ def inject(fault):
 
     def views(*arguments):
         result = views_of(*arguments)
-        if kind == "nan" and step_of[0] is not None and int(numbers[0]) <= step_of[0] < int(numbers[1]) and rank == int((*numbers, 0)[2]):
+        if (
+            kind == "nan"
+            and step_of[0] is not None
+            and int(numbers[0]) <= step_of[0] < int(numbers[1])
+            and rank == int((*numbers, 0)[2])
+        ):
             result = [view * float("inf") for view in result]
         return result
 
@@ -60,6 +75,7 @@ def inject(fault):
                     arguments[1].write(b"half of it"), arguments[1].flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **named)
+
         return call
 
     train.train_step, train.views_of = step, views

@@ -1,4 +1,5 @@
 """evidence.py: the intervals cover what they should, the verdict follows from them, RESULTS.md's tables are those of results/."""
+
 import json
 import shutil
 
@@ -18,17 +19,26 @@ def test_answers_survive_their_packing():
 
 
 def test_intervals_of_known_cases():
-    low, high = evidence.interval_over_seeds(np.array([1.0, 2.0, 3.0]))  # t of two degrees of freedom: 4.303, standard error 1 / sqrt 3
+    low, high = evidence.interval_over_seeds(
+        np.array([1.0, 2.0, 3.0])
+    )  # t of two degrees of freedom: 4.303, standard error 1 / sqrt 3
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     assert all(np.isnan(evidence.interval_over_seeds(np.array([1.0]))))
     differences = np.random.default_rng(0).choice([-100.0, 0, 100], 2000, p=[0.1, 0.7, 0.2])
     half = 1.96 * differences.std() / 2000**0.5
-    assert evidence.interval_over_images(differences) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.15)
+    assert evidence.interval_over_images(differences) == pytest.approx(
+        (differences.mean() - half, differences.mean() + half), abs=0.15
+    )
 
 
 def test_intervals_cover_the_truth_nineteen_times_in_twenty():
     rng = np.random.default_rng(1)
-    hits = [low < 1 < high for low, high in (evidence.interval_over_seeds(1 + rng.standard_normal(3)) for _ in range(2000))]
+    hits = [
+        low < 1 < high
+        for low, high in (
+            evidence.interval_over_seeds(1 + rng.standard_normal(3)) for _ in range(2000)
+        )
+    ]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
 
 
@@ -39,13 +49,28 @@ def write(folder, accuracies, seed, n=1500):
     rows = []
     for (row, part), share in accuracies.items():
         right = u < share + 0.02 * rng.standard_normal(n)
-        rows.append(dict(row=row, part=part, dims=128, judge="linear, chosen lr", lr=0.1, test="orig", metric="top1", value=round(100 * right.mean(), 2), seed=0, n=n,
-                         right=probe.packed(torch.from_numpy(right))))
+        rows.append(
+            dict(
+                row=row,
+                part=part,
+                dims=128,
+                judge="linear, chosen lr",
+                lr=0.1,
+                test="orig",
+                metric="top1",
+                value=round(100 * right.mean(), 2),
+                seed=0,
+                n=n,
+                right=probe.packed(torch.from_numpy(right)),
+            )
+        )
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps([dict(task="linear", rows=rows)]))
 
 
-@pytest.mark.parametrize("ours, verdict", [(0.30, "reproduced"), (0.20, "undecided"), (0.10, "contradicted")])
+@pytest.mark.parametrize(
+    "ours, verdict", [(0.30, "reproduced"), (0.20, "undecided"), (0.10, "contradicted")]
+)
 def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict):
     for seed in range(3):
         write(tmp_path / f"seed{seed}", {("clever", "full"): ours, ("dino", "full"): 0.2}, seed)
@@ -53,9 +78,17 @@ def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C1")]
     assert verdict in line and "linear, linear, chosen lr, orig" in line and line.count("|") == 10
     seeds = evidence.seeds_of(tmp_path)
-    [weighed] = [w for claim in evidence.CLAIMS if (w := evidence.weigh(claim, seeds))]  # the others have not been measured
-    assert weighed["difference"] == pytest.approx(100 * (ours - 0.2), abs=1) and weighed["over_images"][0] < weighed["difference"] < weighed["over_images"][1]
-    assert evidence.weigh(weighed["claim"], seeds[:1])["verdict"] == dict(reproduced="ahead", contradicted="behind").get(verdict, verdict) + ", one seed"
+    [weighed] = [
+        w for claim in evidence.CLAIMS if (w := evidence.weigh(claim, seeds))
+    ]  # the others have not been measured
+    assert (
+        weighed["difference"] == pytest.approx(100 * (ours - 0.2), abs=1)
+        and weighed["over_images"][0] < weighed["difference"] < weighed["over_images"][1]
+    )
+    assert (
+        evidence.weigh(weighed["claim"], seeds[:1])["verdict"]
+        == dict(reproduced="ahead", contradicted="behind").get(verdict, verdict) + ", one seed"
+    )
 
 
 def test_what_is_missing_is_told_in_a_line(tmp_path):
@@ -70,7 +103,9 @@ def test_what_is_missing_is_told_in_a_line(tmp_path):
     path.write_text(json.dumps(runs + [dict(task="folder", rows=runs[0]["rows"])]))
     assert len(evidence.answers_of(path)) == 2  # another task's row is another row
     path.write_text(json.dumps(runs * 2))
-    with pytest.raises(UsageError, match="holds two rows of linear, linear, chosen lr, orig, clever, full"):
+    with pytest.raises(
+        UsageError, match="holds two rows of linear, linear, chosen lr, orig, clever, full"
+    ):
         evidence.main(run)
     for seed, n in ((0, 1500), (1, 1400)):
         shutil.rmtree(tmp_path / f"seed{seed}", ignore_errors=True)
@@ -81,47 +116,99 @@ def test_what_is_missing_is_told_in_a_line(tmp_path):
 
 def test_the_four_turns_of_an_image_are_one_image_and_the_second_ir_is_the_narrow_one(tmp_path):
     right = torch.arange(40) % 3 == 0
-    row = dict(row="clever", test="orig", metric="which of 4 rotations", value=0, seed=0, n=40, right=probe.packed(right))
-    rows = [dict(row, part="ir", dims=102), dict(row, part="ir", dims=26), dict(row, part="ef", dims=26), dict(row, part="full", dims=128)]
+    row = dict(
+        row="clever",
+        test="orig",
+        metric="which of 4 rotations",
+        value=0,
+        seed=0,
+        n=40,
+        right=probe.packed(right),
+    )
+    rows = [
+        dict(row, part="ir", dims=102),
+        dict(row, part="ir", dims=26),
+        dict(row, part="ef", dims=26),
+        dict(row, part="full", dims=128),
+    ]
     del rows[3]["right"]  # passed over
     (tmp_path / "results.json").write_text(json.dumps([dict(task="probe", rows=rows)]))
     found = evidence.answers_of(tmp_path / "results.json")
     assert [name[-1] for name in found] == ["ir", "ir as wide", "ef"]
     for share in found.values():
-        assert share.tolist() == [(right[i] + 0.0 + right[10 + i] + right[20 + i] + right[30 + i]).item() / 4 for i in range(10)]
+        assert share.tolist() == [
+            (right[i] + 0.0 + right[10 + i] + right[20 + i] + right[30 + i]).item() / 4
+            for i in range(10)
+        ]
 
 
 def test_a_gain_is_held_against_a_gain_of_another_setting(tmp_path, capsys):
     for seed in range(3):
         for setting, clever in (("vit_micro", 0.5), ("vit_tiny", 0.35)):
             (tmp_path / setting).mkdir(exist_ok=True)
-            write(tmp_path / setting / f"seed{seed}", {("clever", "full"): clever, ("dino", "full"): 0.3}, seed)
+            write(
+                tmp_path / setting / f"seed{seed}",
+                {("clever", "full"): clever, ("dino", "full"): 0.3},
+                seed,
+            )
     evidence.main([f"--runs={tmp_path}"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C6")]
-    assert "vit_micro clever full - dino full: 19.4, 20.6, 18.5" in line and "vit_tiny clever full - dino full: " in line and line.endswith("| reproduced |")
+    assert (
+        "vit_micro clever full - dino full: 19.4, 20.6, 18.5" in line
+        and "vit_tiny clever full - dino full: " in line
+        and line.endswith("| reproduced |")
+    )
     [claim] = [claim for claim in evidence.CLAIMS if claim.name == "C6"]
-    assert evidence.weigh(claim, evidence.seeds_of(tmp_path))["difference"] == pytest.approx(15, abs=1.5)  # (50 - 30) - (35 - 30)
+    assert evidence.weigh(claim, evidence.seeds_of(tmp_path))["difference"] == pytest.approx(
+        15, abs=1.5
+    )  # (50 - 30) - (35 - 30)
     shutil.rmtree(tmp_path / "vit_tiny" / "seed2")  # a seed that lacks a side does not count
     assert len(evidence.weigh(claim, evidence.seeds_of(tmp_path))["better"]) == 2
     (tmp_path / "vit_tinny").mkdir()
     write(tmp_path / "vit_tinny" / "seed0", {("clever", "full"): 0.3}, 0)
-    with pytest.raises(UsageError, match="no claim is about a setting 'vit_tinny'; CLAIMS knows .*vit_tiny"):
+    with pytest.raises(
+        UsageError, match="no claim is about a setting 'vit_tinny'; CLAIMS knows .*vit_tiny"
+    ):
         evidence.main([f"--runs={tmp_path}"])
 
 
 def test_videos_and_saliency_are_judged_over_seeds_alone(tmp_path):
     def row(name, test, metric, value):
-        return dict(row=name, part="full", dims=8, test=test, metric=metric, value=value, n=4, seed=0)
+        return dict(
+            row=name, part="full", dims=8, test=test, metric=metric, value=value, n=4, seed=0
+        )
+
     for seed, gain in enumerate((4.0, 5.0, 6.0)):
-        videos = [row(name, test, "J&F", value) for test, shift in (("shapes0_1", -30), ("shapes", 0)) for name, value in (("clever", 60 + gain + shift), ("dino", 60))]
-        photos = [row(name, "shapes", "IoU, solver", value) for name, value in (("clever", 60 - gain), ("dino", 60))]
+        videos = [
+            row(name, test, "J&F", value)
+            for test, shift in (("shapes0_1", -30), ("shapes", 0))
+            for name, value in (("clever", 60 + gain + shift), ("dino", 60))
+        ]
+        photos = [
+            row(name, "shapes", "IoU, solver", value)
+            for name, value in (("clever", 60 - gain), ("dino", 60))
+        ]
         others = [row(name, "ECSSD", "IoU, solver", 50) for name in ("clever", "dino")]
         (tmp_path / f"seed{seed}").mkdir()
-        (tmp_path / f"seed{seed}" / "results.json").write_text(json.dumps([dict(task="davis", rows=videos), dict(task="saliency", rows=photos), dict(task="saliency", rows=others)]))
+        (tmp_path / f"seed{seed}" / "results.json").write_text(
+            json.dumps(
+                [
+                    dict(task="davis", rows=videos),
+                    dict(task="saliency", rows=photos),
+                    dict(task="saliency", rows=others),
+                ]
+            )
+        )
     seeds = evidence.seeds_of(tmp_path)
-    davis, saliency = (w for claim in evidence.CLAIMS if claim.name == "C8" and (w := evidence.weigh(claim, seeds)))
+    davis, saliency = (
+        w for claim in evidence.CLAIMS if claim.name == "C8" and (w := evidence.weigh(claim, seeds))
+    )
     half = 4.303 / 3**0.5
-    assert davis["over_both"] == davis["over_seeds"] == pytest.approx((5 - half, 5 + half)) and all(np.isnan(davis["over_images"])) and davis["verdict"] == "reproduced"
+    assert (
+        davis["over_both"] == davis["over_seeds"] == pytest.approx((5 - half, 5 + half))
+        and all(np.isnan(davis["over_images"]))
+        and davis["verdict"] == "reproduced"
+    )
     assert saliency["difference"] == pytest.approx(-5) and saliency["verdict"] == "contradicted"
     assert evidence.weigh(davis["claim"], seeds[:1])["verdict"] == "undecided, one seed"
 
@@ -131,6 +218,7 @@ def test_the_picture_is_drawn(tmp_path):
     write(tmp_path / "seed0", {("clever", "full"): 0.3, ("dino", "full"): 0.2}, 0)
     evidence.main([f"--runs={tmp_path}", f"--picture={tmp_path / 'x.png'}"])
     from PIL import Image
+
     assert min(Image.open(tmp_path / "x.png").size) > 50
     for path in (tmp_path / "nowhere" / "x.png", tmp_path / "x.unknown"):
         with pytest.raises(UsageError, match="give a .png in a folder that exists"):

@@ -1,6 +1,7 @@
 """What can spoil a run, done to it: killed, told to end, out of disk, out of numbers, restarted otherwise; and what a user may get wrong.
 
-    pytest -m faults"""
+pytest -m faults"""
+
 import json
 import os
 import random
@@ -33,10 +34,25 @@ RUN = dict(epochs=4, save_every=2, log_every=1, drop_path=0.2, eval_every=2, wor
 def launched(*command, processes=1, restarts=0, within=(), **popen):
     launcher = [*within, sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d",
-                     "--rdzv_endpoint=localhost:0", f"--max-restarts={restarts}"]
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True, **popen)
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            f"--max-restarts={restarts}",
+        ]
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **popen,
+    )
 
 
 def ended(process, timeout=240):
@@ -53,8 +69,13 @@ def whole(folder, tmp_path_factory):
     def run(processes=1, precision="fp32"):
         if (processes, precision) not in done:
             out = done[processes, precision] = tmp_path_factory.mktemp("whole")
-            run_script("train.py", *arguments(data=folder, out_dir=out, precision=precision, **RUN), processes=processes)
+            run_script(
+                "train.py",
+                *arguments(data=folder, out_dir=out, precision=precision, **RUN),
+                processes=processes,
+            )
         return done[processes, precision]
+
     return run
 
 
@@ -67,15 +88,27 @@ def assert_the_same_run(expected, got, log=True):
 # ------------------------------------------------------------------------------------------------ killed
 
 
-@pytest.mark.parametrize("processes, precision, kills", [(1, "fp32", 12), (1, "bf16", 3), (2, "fp32", 5)])
-def test_killed_at_any_moment_and_started_again_it_is_the_same_run(folder, tmp_path, whole, processes, precision, kills):
+@pytest.mark.parametrize(
+    "processes, precision, kills", [(1, "fp32", 12), (1, "bf16", 3), (2, "fp32", 5)]
+)
+def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
+    folder, tmp_path, whole, processes, precision, kills
+):
     """SIGKILL at 20 moments of chance in all, to the process or to one of two ranks: weights and log bit for bit."""
     expected, rng, done = whole(processes, precision), random.Random(processes), 0
     for attempt in range(40):
-        process = launched("train.py", *arguments(data=folder, out_dir=tmp_path, precision=precision, **RUN), processes=processes)
+        process = launched(
+            "train.py",
+            *arguments(data=folder, out_dir=tmp_path, precision=precision, **RUN),
+            processes=processes,
+        )
         if done < kills:
             before, begun = reached(tmp_path), time.time()
-            while process.poll() is None and time.time() - begun < 120 and reached(tmp_path) <= min(before, 17):
+            while (
+                process.poll() is None
+                and time.time() - begun < 120
+                and reached(tmp_path) <= min(before, 17)
+            ):
                 time.sleep(0.002)
             time.sleep(rng.random() * 0.1)  # some steps on, or in the middle of a checkpoint
             victims = [process.pid] if processes == 1 else ranks_of(process)
@@ -119,7 +152,15 @@ def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, num
 
 def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_path, whole):
     begun = time.time()
-    code, errors = ended(launched("tests/inject.py", "kill:9:1", *arguments(data=folder, out_dir=tmp_path, **RUN), processes=2, restarts=1))
+    code, errors = ended(
+        launched(
+            "tests/inject.py",
+            "kill:9:1",
+            *arguments(data=folder, out_dir=tmp_path, **RUN),
+            processes=2,
+            restarts=1,
+        )
+    )
     assert code == 0, errors
     assert time.time() - begun < 120
     assert_the_same_run(whole(2), tmp_path)
@@ -128,8 +169,12 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_pat
 # ------------------------------------------------------------------------------------------------ told to end
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_told_to_end_it_saves_within_a_step_and_continues(folder, tmp_path, whole, number, processes):
+@pytest.mark.parametrize(
+    "number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+)
+def test_told_to_end_it_saves_within_a_step_and_continues(
+    folder, tmp_path, whole, number, processes
+):
     """The whole process group is told, loading workers too, as Slurm and a terminal do it."""
     knobs = arguments(data=folder, out_dir=tmp_path, **{**RUN, "save_every": 0})
     process = launched("train.py", *knobs, processes=processes)
@@ -139,11 +184,15 @@ def test_told_to_end_it_saves_within_a_step_and_continues(folder, tmp_path, whol
     os.killpg(process.pid, number)
     code, errors = ended(process, 60)
     name = signal.Signals(number).name
-    assert f"stopped by {name} after step" in errors and "the same command continues" in errors, errors
+    assert f"stopped by {name} after step" in errors and "the same command continues" in errors, (
+        errors
+    )
     assert code != 0 if processes > 1 else code == 128 + number
     if processes == 1:
         assert "Traceback" not in errors, errors
-    assert told_at <= state(tmp_path)["step"] <= told_at + 3  # a step may have ended while we looked
+    assert (
+        told_at <= state(tmp_path)["step"] <= told_at + 3
+    )  # a step may have ended while we looked
     assert ended(launched("train.py", *knobs, processes=processes))[0] == 0
     assert_the_same_run(whole(processes), tmp_path)
 
@@ -152,10 +201,20 @@ def test_told_to_end_it_saves_within_a_step_and_continues(folder, tmp_path, whol
 
 
 def test_a_full_disk_costs_no_step(folder, tmp_path, whole):
-    code, errors = ended(launched("tests/inject.py", "full:4:9", *arguments(data=folder, out_dir=tmp_path, **RUN)))
-    assert code == 0 and "no checkpoint after step 6" in errors and "last good one stands" in errors, errors
+    code, errors = ended(
+        launched("tests/inject.py", "full:4:9", *arguments(data=folder, out_dir=tmp_path, **RUN))
+    )
+    assert (
+        code == 0 and "no checkpoint after step 6" in errors and "last good one stands" in errors
+    ), errors
     assert_the_same_run(whole(), tmp_path, log=False)
-    assert set(logged(tmp_path)) == {1, 2, 3, 4, *range(10, 21)}  # what could not be written is missing, no line is broken
+    assert set(logged(tmp_path)) == {
+        1,
+        2,
+        3,
+        4,
+        *range(10, 21),
+    }  # what could not be written is missing, no line is broken
 
 
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(folder, tmp_path, whole):
@@ -167,24 +226,63 @@ def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(folder, tmp_path,
     assert_the_same_run(whole(), tmp_path)
 
 
-OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]  # what is mounted in there is gone with the process
-can_mount = shutil.which("unshare") and subprocess.run([*OWN_MOUNTS, "mount", "--bind", "/tmp", "/tmp"], capture_output=True).returncode == 0
+OWN_MOUNTS = [
+    "unshare",
+    "--map-root-user",
+    "--mount",
+]  # what is mounted in there is gone with the process
+can_mount = (
+    shutil.which("unshare")
+    and subprocess.run(
+        [*OWN_MOUNTS, "mount", "--bind", "/tmp", "/tmp"], capture_output=True
+    ).returncode
+    == 0
+)
 
 
-@pytest.mark.skipif(not can_mount, reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)")
+@pytest.mark.skipif(
+    not can_mount,
+    reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)",
+)
 def test_a_folder_that_becomes_read_only_costs_no_step(folder, tmp_path, whole):
-    code, errors = ended(launched("tests/inject.py", "readonly:4:9", *arguments(data=folder, out_dir=tmp_path, **RUN), within=OWN_MOUNTS))
-    assert code == 0 and "no checkpoint after step 6" in errors and "Read-only file system; the last good one stands" in errors, errors
+    code, errors = ended(
+        launched(
+            "tests/inject.py",
+            "readonly:4:9",
+            *arguments(data=folder, out_dir=tmp_path, **RUN),
+            within=OWN_MOUNTS,
+        )
+    )
+    assert (
+        code == 0
+        and "no checkpoint after step 6" in errors
+        and "Read-only file system; the last good one stands" in errors
+    ), errors
     assert_the_same_run(whole(), tmp_path, log=False)
     assert set(logged(tmp_path)) == {1, 2, 3, 4, *range(10, 21)}
 
 
-@pytest.mark.skipif(not can_mount, reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)")
+@pytest.mark.skipif(
+    not can_mount,
+    reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)",
+)
 def test_a_run_is_not_begun_in_a_read_only_folder(folder, tmp_path):
-    readonly = [*OWN_MOUNTS, "sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"', str(tmp_path)]
+    readonly = [
+        *OWN_MOUNTS,
+        "sh",
+        "-c",
+        'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"',
+        str(tmp_path),
+    ]
     for out in (tmp_path, tmp_path / "run"):
-        code, errors = ended(launched("train.py", *arguments(data=folder, out_dir=out, **RUN), within=readonly))
-        assert code == 2 and f"train.py: out_dir={out}: Read-only file system; choose another" in errors and "Traceback" not in errors, errors
+        code, errors = ended(
+            launched("train.py", *arguments(data=folder, out_dir=out, **RUN), within=readonly)
+        )
+        assert (
+            code == 2
+            and f"train.py: out_dir={out}: Read-only file system; choose another" in errors
+            and "Traceback" not in errors
+        ), errors
     assert not list(tmp_path.iterdir())
 
 
@@ -203,11 +301,18 @@ def test_a_line_cut_short_by_a_full_disk_is_taken_back(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     train.log(str(path), True, step=3, loss=2.0)
     train.keep_log_until(str(path), 3)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3] and train.first_line(str(path))["step"] == 1
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
+        1,
+        3,
+    ] and train.first_line(str(path))["step"] == 1
 
 
 def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
-    code, errors = ended(launched("tests/inject.py", "gone:7", *arguments(data=folder, out_dir=tmp_path / "run", **RUN)))
+    code, errors = ended(
+        launched(
+            "tests/inject.py", "gone:7", *arguments(data=folder, out_dir=tmp_path / "run", **RUN)
+        )
+    )
     assert code == 0, errors
     assert_the_same_run(whole(), tmp_path / "run", log=False)
 
@@ -218,32 +323,61 @@ def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet18"])
 def test_a_step_that_is_not_finite_moves_nothing(folder, monkeypatch, optimizer, arch):
-    config, images = tiny_config(optimizer=optimizer, arch=arch, freeze_last_layer=0, warmup_epochs=0, ema=1.0), data.open_images(str(folder), "train")
+    config, images = (
+        tiny_config(optimizer=optimizer, arch=arch, freeze_last_layer=0, warmup_epochs=0, ema=1.0),
+        data.open_images(str(folder), "train"),
+    )
     run = train.make_run(config, 5, torch.device("cpu"))
     batch = next(iter(data.train_loader(images, config, 0, 1, 0, 1, torch.device("cpu"))))[:3]
     views_of = train.views_of
     for step, bad in enumerate((True, False, True, True)):
         before = {name: p.detach().clone() for name, p in run.network.named_parameters()}
-        moments = [s["exp_avg" if optimizer == "adamw" else "momentum_buffer"].clone() for s in run.optimizer.state.values()]
+        moments = [
+            s["exp_avg" if optimizer == "adamw" else "momentum_buffer"].clone()
+            for s in run.optimizer.state.values()
+        ]
         centers = {name: center.clone() for name, center in run.centers.items()}
-        monkeypatch.setattr(train, "views_of", lambda *a: [v * float("nan") for v in views_of(*a)] if bad else views_of(*a))
+        monkeypatch.setattr(
+            train,
+            "views_of",
+            lambda *a: [v * float("nan") for v in views_of(*a)] if bad else views_of(*a),
+        )
         train.train_step(run, step, *batch)
-        assert all(torch.equal(p, before[name]) for name, p in run.network.named_parameters() if p.requires_grad) == bad
+        assert (
+            all(
+                torch.equal(p, before[name])
+                for name, p in run.network.named_parameters()
+                if p.requires_grad
+            )
+            == bad
+        )
         assert all(torch.equal(run.centers[name], centers[name]) for name in centers) == bad
-        after = [s["exp_avg" if optimizer == "adamw" else "momentum_buffer"] for s in run.optimizer.state.values()]
+        after = [
+            s["exp_avg" if optimizer == "adamw" else "momentum_buffer"]
+            for s in run.optimizer.state.values()
+        ]
         if moments:
             assert all(map(torch.equal, moments, after)) == bad
     assert run.skipped.tolist() == [3, 2]
 
 
-def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_counts_on(folder, tmp_path):
+def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_counts_on(
+    folder, tmp_path
+):
     """The teacher's outputs are finite here, unlike above: only the student's way back fails."""
-    config, images = tiny_config(freeze_last_layer=0, warmup_epochs=0, out_dir=str(tmp_path)), data.open_images(str(folder), "train")
+    config, images = (
+        tiny_config(freeze_last_layer=0, warmup_epochs=0, out_dir=str(tmp_path)),
+        data.open_images(str(folder), "train"),
+    )
     run = train.make_run(config, 5, torch.device("cpu"))
     batch = next(iter(data.train_loader(images, config, 0, 1, 0, 1, torch.device("cpu"))))[:3]
-    handle = run.network.backbone.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    handle = run.network.backbone.norm.weight.register_hook(
+        lambda gradient: gradient * float("inf")
+    )
     train.train_step(run, 0, *batch)
-    assert run.skipped.tolist() == [1, 1] and not any(center.any() for center in run.centers.values())
+    assert run.skipped.tolist() == [1, 1] and not any(
+        center.any() for center in run.centers.values()
+    )
     train.save(run, 1, 80)
     again = train.make_run(config, 5, torch.device("cpu"))
     assert train.restore(again, 80) == 1 and again.skipped.tolist() == [1, 1]
@@ -253,17 +387,40 @@ def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_co
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both_and_counted(folder, tmp_path):
-    code, errors = ended(launched("tests/inject.py", "nan:6:7:1", *arguments(data=folder, out_dir=tmp_path, **RUN), processes=2))
+    code, errors = ended(
+        launched(
+            "tests/inject.py",
+            "nan:6:7:1",
+            *arguments(data=folder, out_dir=tmp_path, **RUN),
+            processes=2,
+        )
+    )
     assert code == 0, errors
-    assert logged(tmp_path, "skipped") == {step: 1 for step in range(7, 21)} and state(tmp_path)["step"] == 20
+    assert (
+        logged(tmp_path, "skipped") == {step: 1 for step in range(7, 21)}
+        and state(tmp_path)["step"] == 20
+    )
     assert all(np.isfinite(loss) for step, loss in logged(tmp_path).items() if step != 7)
 
 
 def test_many_in_a_row_stop_the_run_and_name_step_and_samples(folder, tmp_path):
-    code, errors = ended(launched("tests/inject.py", "nan:6:100:1", *arguments(data=folder, out_dir=tmp_path, **RUN), processes=2))
+    code, errors = ended(
+        launched(
+            "tests/inject.py",
+            "nan:6:100:1",
+            *arguments(data=folder, out_dir=tmp_path, **RUN),
+            processes=2,
+        )
+    )
     [schedule] = data.Schedule(80, 16, 0, 6, 7)
-    assert code != 0 and f"steps 6 to 8: no gradient was finite, all were skipped; step 6 saw samples {schedule[0][1]}, {schedule[1][1]}" in errors, errors
-    assert state(tmp_path)["step"] == 8 and all(p.isfinite().all() for p in state(tmp_path)["student"].values())
+    assert (
+        code != 0
+        and f"steps 6 to 8: no gradient was finite, all were skipped; step 6 saw samples {schedule[0][1]}, {schedule[1][1]}"
+        in errors
+    ), errors
+    assert state(tmp_path)["step"] == 8 and all(
+        p.isfinite().all() for p in state(tmp_path)["student"].values()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ started otherwise
@@ -272,13 +429,30 @@ def test_many_in_a_row_stop_the_run_and_name_step_and_samples(folder, tmp_path):
 def test_other_ranks_workers_and_accumulation_after_a_restart_are_the_same_run(folder, tmp_path):
     knobs = dict(RUN, optimizer="sgd", lr=0.02, freeze_last_layer=0)
     run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a", **knobs))
-    code, errors = ended(launched("tests/inject.py", "term:6", *arguments(data=folder, out_dir=tmp_path / "b", **knobs)))
+    code, errors = ended(
+        launched(
+            "tests/inject.py", "term:6", *arguments(data=folder, out_dir=tmp_path / "b", **knobs)
+        )
+    )
     assert code == 143, errors
-    run_script("tests/inject.py", "term:13", *arguments(data=folder, out_dir=tmp_path / "b", **dict(knobs, workers=2)), processes=2, check=False)
+    run_script(
+        "tests/inject.py",
+        "term:13",
+        *arguments(data=folder, out_dir=tmp_path / "b", **dict(knobs, workers=2)),
+        processes=2,
+        check=False,
+    )
     assert 14 <= state(tmp_path / "b")["step"] < 20
-    run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "b", **dict(knobs, workers=0, max_batch_per_gpu=4)))
+    run_script(
+        "train.py",
+        *arguments(
+            data=folder, out_dir=tmp_path / "b", **dict(knobs, workers=0, max_batch_per_gpu=4)
+        ),
+    )
     assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), rel=1e-4)
-    assert_same(state(tmp_path / "a")["student"], state(tmp_path / "b")["student"], rtol=1e-3, atol=1e-5)
+    assert_same(
+        state(tmp_path / "a")["student"], state(tmp_path / "b")["student"], rtol=1e-3, atol=1e-5
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(folder, tmp_path):
@@ -288,7 +462,11 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(f
         time.sleep(0.01)
     second = run_script("train.py", *knobs, check=False)
     if first.poll() is None:
-        assert second.returncode == 2 and "another run is at work there" in second.stderr and second.stderr.count("\n") == 1
+        assert (
+            second.returncode == 2
+            and "another run is at work there" in second.stderr
+            and second.stderr.count("\n") == 1
+        )
     assert ended(first)[0] == 0
     assert "is finished: nothing to train" in run_script("train.py", *knobs).stdout
 
@@ -298,7 +476,9 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(f
 
 def jpeg(path, size=(24, 20), **how):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path, **how)
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    ).save(path, **how)
     return path
 
 
@@ -324,7 +504,10 @@ def image16(path):
 
 
 IMAGES = {  # a file -> the shape it is read as, or None where it is to be named and skipped
-    "truncated": (lambda t: written(t / "a.jpg", jpeg(t / "b.jpg", (200, 200)).read_bytes()[:300]), None),
+    "truncated": (
+        lambda t: written(t / "a.jpg", jpeg(t / "b.jpg", (200, 200)).read_bytes()[:300]),
+        None,
+    ),
     "zero bytes": (lambda t: written(t / "a.jpg", b""), None),
     "text": (lambda t: written(t / "a.jpg", b"not a picture\n"), None),
     "a web page": (lambda t: written(t / "a.png", b"<!DOCTYPE html><html>404</html>"), None),
@@ -340,8 +523,16 @@ IMAGES = {  # a file -> the shape it is read as, or None where it is to be named
     "palette with transparency": (lambda t: saved(t / "a.png", "P", 1, transparency=1), (3, 7, 9)),
     "grey with alpha": (lambda t: saved(t / "a.png", "LA"), (3, 7, 9)),
     "one bit": (lambda t: saved(t / "a.png", "1", 1), (3, 7, 9)),
-    "animated": (lambda t: saved(t / "a.gif", "RGB", save_all=True, append_images=[Image.new("RGB", (9, 7), 9)]), (3, 7, 9)),
-    "another format by its name": (lambda t: saved(t / "b.png", "RGB").rename(t / "a.jpg"), (3, 7, 9)),
+    "animated": (
+        lambda t: saved(
+            t / "a.gif", "RGB", save_all=True, append_images=[Image.new("RGB", (9, 7), 9)]
+        ),
+        (3, 7, 9),
+    ),
+    "another format by its name": (
+        lambda t: saved(t / "b.png", "RGB").rename(t / "a.jpg"),
+        (3, 7, 9),
+    ),
 }
 
 
@@ -382,48 +573,160 @@ def config_file(t, text):
     return written(t / "config.py", text.encode())
 
 
-TRAIN, PROBE, LINEAR, SEG, DOWN = train.main, probe.main, eval_linear.main, eval_seg.main, lambda argv: eval_downstream.main(["--task=semi10", *argv])
+TRAIN, PROBE, LINEAR, SEG, DOWN = (
+    train.main,
+    probe.main,
+    eval_linear.main,
+    eval_seg.main,
+    lambda argv: eval_downstream.main(["--task=semi10", *argv]),
+)
 MISTAKES = {  # (script, its arguments, what the one line says)
     "a mistyped knob": (TRAIN, lambda t: ["--ratoi=0.7"], "did you mean 'ratio'"),
     "no value": (TRAIN, lambda t: ["--ratio"], "write it --ratio=value"),
     "a word for a number": (TRAIN, lambda t: ["--epochs=many"], "must be of type int"),
     "not a number": (TRAIN, lambda t: ["--lr=nan"], "must be of type float"),
-    "code for a number": (TRAIN, lambda t: [f"--lr=__import__('os').mkdir('{t}/payload_was_run')"], "must be of type float"),
+    "code for a number": (
+        TRAIN,
+        lambda t: [f"--lr=__import__('os').mkdir('{t}/payload_was_run')"],
+        "must be of type float",
+    ),
     "a number too deep": (TRAIN, lambda t: ["--lr=" + "(" * 500], "must be of type float"),
     "out of range": (TRAIN, lambda t: ["--ratio=1.5"], "must lie between"),
     "an unknown method": (TRAIN, lambda t: ["--method=byol"], "choose from clever, dino"),
     "a mistyped backbone": (TRAIN, lambda t: ["--arch=resnet81"], "did you mean 'resnet"),
     "local crops for two views": (TRAIN, lambda t: ["--method=simsiam"], "--local_crops=0"),
     "no config": (TRAIN, lambda t: ["configs/nowhere.py"], "No such file"),
-    "two configs": (TRAIN, lambda t: ["configs/demo.py", "configs/demo.py"], "one config file a run"),
-    "a config that breaks": (TRAIN, lambda t: [str(config_file(t, "lr = 1 / 0"))], "ZeroDivisionError"),
-    "a config of another project": (TRAIN, lambda t: [str(config_file(t, "learning_rate = 1"))], "unknown knob 'learning_rate'"),
+    "two configs": (
+        TRAIN,
+        lambda t: ["configs/demo.py", "configs/demo.py"],
+        "one config file a run",
+    ),
+    "a config that breaks": (
+        TRAIN,
+        lambda t: [str(config_file(t, "lr = 1 / 0"))],
+        "ZeroDivisionError",
+    ),
+    "a config of another project": (
+        TRAIN,
+        lambda t: [str(config_file(t, "learning_rate = 1"))],
+        "unknown knob 'learning_rate'",
+    ),
     "no such folder": (TRAIN, lambda t: [f"--data={t / 'nowhere'}"], "no such folder"),
     "an empty folder": (TRAIN, lambda t: [f"--data={t}"], "no images in it"),
     "a file for a folder": (TRAIN, lambda t: [f"--data={jpeg(t / 'a.jpg')}"], "no such folder"),
-    "classes without images": (TRAIN, lambda t: (t / "train" / "cat").mkdir(parents=True) or [f"--data={t}"], "holds no images"),
+    "classes without images": (
+        TRAIN,
+        lambda t: (t / "train" / "cat").mkdir(parents=True) or [f"--data={t}"],
+        "holds no images",
+    ),
     "one image": (TRAIN, lambda t: [f"--data={jpeg(t / 'a.jpg').parent}"], "exceeds the 1 images"),
-    "a class list of other classes": (TRAIN, lambda t: [f"--classes={written(t / 'c.txt', b'unicorn')}"], "such as unicorn"),
-    "a class list that is not there": (TRAIN, lambda t: [f"--classes={t / 'c.txt'}"], "No such file"),
-    "a data set that is not there": (TRAIN, lambda t: ["--data=cifar10", f"--data_root={t}"], "--download=True"),
-    "crops that the patch does not divide": (TRAIN, lambda t: ["--img_size=36"], "not a multiple of patch_size=8"),
-    "an out_dir that cannot be": (TRAIN, lambda t: [f"--out_dir={written(t / 'file', b'') / 'out'}"], "choose another"),
-    "weights that are not there": (TRAIN, lambda t: [f"--init_from={t / 'nowhere.pt'}"], "No such file"),
-    "weights with a payload": (TRAIN, lambda t: [f"--init_from={stored(t / 'a.pt', dict(teacher=Payload(t)))}"], "refused"),
-    "weights of another backbone": (TRAIN, lambda t: [f"--init_from={stored(t / 'a.pt', dict(x=torch.zeros(2)))}"], "not the weights of a backbone"),
-    "a checkpoint with a payload": (TRAIN, lambda t: [f"--out_dir={stored(t / 'ckpt.pt', dict(config=Payload(t))).parent}"], "refused"),
-    "a damaged checkpoint": (TRAIN, lambda t: [f"--out_dir={written(t / 'ckpt.pt', b'PK0304 and no more').parent}"], "ckpt.pt: "),
-    "a folder of another program": (TRAIN, lambda t: [f"--out_dir={written(t / 'config.json', b'[1, 2]').parent}"], "is not a run's"),
-    "half a config.json": (TRAIN, lambda t: [f"--out_dir={written(t / 'config.json', b'{').parent}"], "is not a run's"),
-    "a checkpoint of another program": (TRAIN, lambda t: [f"--out_dir={stored(t / 'ckpt.pt', dict(teacher={})).parent}"], "not a checkpoint that train.py can continue"),
-    **{f"a payload for {name}": (main, lambda t: [f"--ckpt={stored(t / 'a.pt', dict(teacher=Payload(t)))}"], "refused")
-       for name, main in (("probe", PROBE), ("eval_linear", LINEAR), ("eval_downstream", DOWN), ("eval_seg", SEG))},
-    **{f"no checkpoint for {name}": (main, lambda t: [f"--ckpt={t / 'nowhere.pt'}"], "No such file")
-       for name, main in (("probe", PROBE), ("eval_linear", LINEAR), ("eval_downstream", DOWN), ("eval_seg", SEG))},
+    "a class list of other classes": (
+        TRAIN,
+        lambda t: [f"--classes={written(t / 'c.txt', b'unicorn')}"],
+        "such as unicorn",
+    ),
+    "a class list that is not there": (
+        TRAIN,
+        lambda t: [f"--classes={t / 'c.txt'}"],
+        "No such file",
+    ),
+    "a data set that is not there": (
+        TRAIN,
+        lambda t: ["--data=cifar10", f"--data_root={t}"],
+        "--download=True",
+    ),
+    "crops that the patch does not divide": (
+        TRAIN,
+        lambda t: ["--img_size=36"],
+        "not a multiple of patch_size=8",
+    ),
+    "an out_dir that cannot be": (
+        TRAIN,
+        lambda t: [f"--out_dir={written(t / 'file', b'') / 'out'}"],
+        "choose another",
+    ),
+    "weights that are not there": (
+        TRAIN,
+        lambda t: [f"--init_from={t / 'nowhere.pt'}"],
+        "No such file",
+    ),
+    "weights with a payload": (
+        TRAIN,
+        lambda t: [f"--init_from={stored(t / 'a.pt', dict(teacher=Payload(t)))}"],
+        "refused",
+    ),
+    "weights of another backbone": (
+        TRAIN,
+        lambda t: [f"--init_from={stored(t / 'a.pt', dict(x=torch.zeros(2)))}"],
+        "not the weights of a backbone",
+    ),
+    "a checkpoint with a payload": (
+        TRAIN,
+        lambda t: [f"--out_dir={stored(t / 'ckpt.pt', dict(config=Payload(t))).parent}"],
+        "refused",
+    ),
+    "a damaged checkpoint": (
+        TRAIN,
+        lambda t: [f"--out_dir={written(t / 'ckpt.pt', b'PK0304 and no more').parent}"],
+        "ckpt.pt: ",
+    ),
+    "a folder of another program": (
+        TRAIN,
+        lambda t: [f"--out_dir={written(t / 'config.json', b'[1, 2]').parent}"],
+        "is not a run's",
+    ),
+    "half a config.json": (
+        TRAIN,
+        lambda t: [f"--out_dir={written(t / 'config.json', b'{').parent}"],
+        "is not a run's",
+    ),
+    "a checkpoint of another program": (
+        TRAIN,
+        lambda t: [f"--out_dir={stored(t / 'ckpt.pt', dict(teacher={})).parent}"],
+        "not a checkpoint that train.py can continue",
+    ),
+    **{
+        f"a payload for {name}": (
+            main,
+            lambda t: [f"--ckpt={stored(t / 'a.pt', dict(teacher=Payload(t)))}"],
+            "refused",
+        )
+        for name, main in (
+            ("probe", PROBE),
+            ("eval_linear", LINEAR),
+            ("eval_downstream", DOWN),
+            ("eval_seg", SEG),
+        )
+    },
+    **{
+        f"no checkpoint for {name}": (
+            main,
+            lambda t: [f"--ckpt={t / 'nowhere.pt'}"],
+            "No such file",
+        )
+        for name, main in (
+            ("probe", PROBE),
+            ("eval_linear", LINEAR),
+            ("eval_downstream", DOWN),
+            ("eval_seg", SEG),
+        )
+    },
     "a picture as a checkpoint": (LINEAR, lambda t: [f"--ckpt={jpeg(t / 'a.jpg')}"], "a.jpg: "),
-    "a text as a checkpoint": (SEG, lambda t: [f"--ckpt={written(t / 'a.pt', b'hello')}"], "not a checkpoint"),
-    "a list as a checkpoint": (PROBE, lambda t: [f"--ckpt={stored(t / 'a.pt', [1, 2])}"], "holds a list"),
-    "an empty checkpoint": (DOWN, lambda t: [f"--ckpt={written(t / 'a.pt', b'')}"], "not a checkpoint"),
+    "a text as a checkpoint": (
+        SEG,
+        lambda t: [f"--ckpt={written(t / 'a.pt', b'hello')}"],
+        "not a checkpoint",
+    ),
+    "a list as a checkpoint": (
+        PROBE,
+        lambda t: [f"--ckpt={stored(t / 'a.pt', [1, 2])}"],
+        "holds a list",
+    ),
+    "an empty checkpoint": (
+        DOWN,
+        lambda t: [f"--ckpt={written(t / 'a.pt', b'')}"],
+        "not a checkpoint",
+    ),
 }
 
 
@@ -433,7 +736,11 @@ def test_a_mistake_is_one_line_and_runs_nothing(folder, tmp_path, name):
     given = make(tmp_path)
     if main is TRAIN:
         defaults = arguments(data=folder, out_dir=tmp_path / "out")
-        given = [a for a in given if not a.startswith("--")] + [d for d in defaults if d.split("=")[0] not in {a.split("=")[0] for a in given}] + [a for a in given if a.startswith("--")]
+        given = (
+            [a for a in given if not a.startswith("--")]
+            + [d for d in defaults if d.split("=")[0] not in {a.split("=")[0] for a in given}]
+            + [a for a in given if a.startswith("--")]
+        )
     with pytest.raises(UsageError) as error:
         main(given)
     assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
@@ -442,7 +749,11 @@ def test_a_mistake_is_one_line_and_runs_nothing(folder, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/secret", "a/../../secret"])
 def test_no_list_of_an_archive_leads_out_of_its_folder(tmp_path, name):
-    for file, line in (("images.txt", f"1 {name}.jpg"), ("image_class_labels.txt", "1 1"), ("train_test_split.txt", "1 1")):
+    for file, line in (
+        ("images.txt", f"1 {name}.jpg"),
+        ("image_class_labels.txt", "1 1"),
+        ("train_test_split.txt", "1 1"),
+    ):
         (tmp_path / file).write_text(line)
     with pytest.raises(UsageError, match="leads out of its folder"):
         data.open_images(str(tmp_path), "train")

@@ -1,4 +1,5 @@
 """The losses against the formulas written out: a double loop over pairs, in float64."""
+
 import copy
 import math
 
@@ -23,18 +24,34 @@ CROSS_ENTROPY = lambda q, p: -(q * p.log()).sum(-1)
 DOT = lambda q, p: (q * p).sum(-1)
 COSINE = lambda q, p: torch.cosine_similarity(q, p, dim=-1)
 TERMS = {"cross-entropy": CROSS_ENTROPY, "dot": DOT, "cosine": COSINE}
-CASES = {"cross-entropy": (losses.dino_loss, CROSS_ENTROPY), "dot": (losses.orthogonality, DOT),
-         "cosine": (lambda *a: losses.orthogonality(*a, kind="cosine"), COSINE)}
+CASES = {
+    "cross-entropy": (losses.dino_loss, CROSS_ENTROPY),
+    "dot": (losses.orthogonality, DOT),
+    "cosine": (lambda *a: losses.orthogonality(*a, kind="cosine"), COSINE),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_in_fp64_they_are_fp64_heads_and_norms_too(case):
-    student, teacher = (torch.rand(n, 2, 5, dtype=torch.float64, requires_grad=n == 3) for n in (3, 2))
+    student, teacher = (
+        torch.rand(n, 2, 5, dtype=torch.float64, requires_grad=n == 3) for n in (3, 2)
+    )
     ours, term = CASES[case]
-    assert torch.autograd.gradcheck(lambda s: ours(s, teacher, torch.zeros(5, dtype=torch.float64)), student)
-    torch.testing.assert_close(ours(student, teacher, torch.zeros(5)), textbook(student, teacher, 0, 0.1, 0.04, term), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(
+        lambda s: ours(s, teacher, torch.zeros(5, dtype=torch.float64)), student
+    )
+    torch.testing.assert_close(
+        ours(student, teacher, torch.zeros(5)),
+        textbook(student, teacher, 0, 0.1, 0.04, term),
+        rtol=1e-12,
+        atol=0,
+    )
     heads = [ProjectionHead(8, 5, 12, 6).double() for _ in range(2)]
-    assert heads[0](torch.randn(3, 8, dtype=torch.float64)).dtype == losses.projection_regularization(*heads).dtype == torch.float64
+    assert (
+        heads[0](torch.randn(3, 8, dtype=torch.float64)).dtype
+        == losses.projection_regularization(*heads).dtype
+        == torch.float64
+    )
 
 
 @pytest.mark.parametrize("views", [2, 3, V])
@@ -60,11 +77,21 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
     generator = torch.Generator().manual_seed(0)
     p, z = torch.randn(2, B, K, generator=generator), torch.randn(2, B, K, generator=generator)
     z = z + sign * p.flip(0)  # so that the mean has this sign
-    fast, slow, given = p.clone().requires_grad_(), p.double().requires_grad_(), z.clone().requires_grad_()
+    fast, slow, given = (
+        p.clone().requires_grad_(),
+        p.double().requires_grad_(),
+        z.clone().requires_grad_(),
+    )
     unit = lambda x: x / x.square().sum(-1, keepdim=True).sqrt()
     expected = -sum((unit(slow[i]) * unit(z.double()[1 - i])).sum(-1).mean() for i in range(2)) / 2
     vector = unit if kind == "cosine" else (lambda x: x)
-    expected = expected + 3 * (sum((vector(slow[i]) * vector(z.double()[1 - i])).sum(-1).mean() for i in range(2)) / 2).abs()
+    expected = (
+        expected
+        + 3
+        * (
+            sum((vector(slow[i]) * vector(z.double()[1 - i])).sum(-1).mean() for i in range(2)) / 2
+        ).abs()
+    )
     got = losses.simsiam_loss(fast, given) + 3 * losses.ddcl_orthogonality(fast, given, kind)
     assert losses.ddcl_orthogonality(fast, given, kind) >= 0
     got.backward(), expected.backward()
@@ -76,16 +103,30 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("views", [2, V])
 @pytest.mark.parametrize("kind", ["cross-entropy", "dot", "cosine"])
-def test_a_loss_with_its_last_layers_is_the_textbooks_however_few_logits_are_held(kind, views, images):
+def test_a_loss_with_its_last_layers_is_the_textbooks_however_few_logits_are_held(
+    kind, views, images
+):
     """Value, gradients by the unit vectors and by the prototypes, the teacher's mean and entropy; of prototypes of any length and gain."""
     generator = torch.Generator().manual_seed(0)
     layer, teacher_layer = WeightNormLinear(4, K), WeightNormLinear(4, K)
     for one in (layer, teacher_layer):
-        one.weight_v.data, one.weight_g.data = 3 * torch.randn(K, 4, generator=generator), 1 + torch.rand(K, 1, generator=generator)
-    student, teacher = (torch.nn.functional.normalize(torch.randn(n, B, 4, generator=generator), dim=-1) for n in (views, 2))
-    center, fast, slow = 0.1 * torch.randn(K, generator=generator), student.clone().requires_grad_(), student.double().requires_grad_()
+        one.weight_v.data, one.weight_g.data = (
+            3 * torch.randn(K, 4, generator=generator),
+            1 + torch.rand(K, 1, generator=generator),
+        )
+    student, teacher = (
+        torch.nn.functional.normalize(torch.randn(n, B, 4, generator=generator), dim=-1)
+        for n in (views, 2)
+    )
+    center, fast, slow = (
+        0.1 * torch.randn(K, generator=generator),
+        student.clone().requires_grad_(),
+        student.double().requires_grad_(),
+    )
     with torch.autocast("cpu", torch.bfloat16):  # which must not reach the logits
-        got, mean, entropy = losses.against_prototypes(kind, fast, layer, teacher, teacher_layer, center, 0.1, 0.04, images)
+        got, mean, entropy = losses.against_prototypes(
+            kind, fast, layer, teacher, teacher_layer, center, 0.1, 0.04, images
+        )
     (3 * got).backward()
 
     exact = copy.deepcopy(layer).double()
@@ -94,17 +135,24 @@ def test_a_loss_with_its_last_layers_is_the_textbooks_however_few_logits_are_hel
     (3 * expected).backward()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(layer.weight_v.grad.double(), exact.weight_v.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        layer.weight_v.grad.double(), exact.weight_v.grad, rtol=1e-4, atol=1e-6
+    )
     torch.testing.assert_close(mean.double(), t.mean((0, 1)), rtol=1e-5, atol=1e-6)
     q = torch.softmax((t - center) / 0.04, -1)
     assert entropy.item() == pytest.approx(-(q * q.log()).sum(-1).mean().item(), rel=1e-4)
-    assert teacher_layer.weight_v.grad is None and not mean.requires_grad and not entropy.requires_grad
+    assert (
+        teacher_layer.weight_v.grad is None and not mean.requires_grad and not entropy.requires_grad
+    )
 
 
 def test_no_gradient_reaches_the_teacher():
     teacher = torch.randn(2, B, K, requires_grad=True)
     student = torch.randn(V, B, K, requires_grad=True)
-    (losses.dino_loss(student, teacher, torch.zeros(K)) + losses.orthogonality(student, teacher, torch.zeros(K))).backward()
+    (
+        losses.dino_loss(student, teacher, torch.zeros(K))
+        + losses.orthogonality(student, teacher, torch.zeros(K))
+    ).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
@@ -116,7 +164,9 @@ def test_losses_at_the_points_where_they_are_known():
     assert losses.dino_loss(certain, certain[:2], center).item() == pytest.approx(0, abs=1e-6)
     assert losses.orthogonality(certain, certain[:2], center).item() == pytest.approx(1)
     assert losses.orthogonality(uniform, uniform[:2], center).item() == pytest.approx(1 / K)
-    assert losses.orthogonality(uniform, uniform[:2], center, kind="cosine").item() == pytest.approx(1)
+    assert losses.orthogonality(
+        uniform, uniform[:2], center, kind="cosine"
+    ).item() == pytest.approx(1)
     other = torch.zeros(2, B, K)
     other[..., 4] = 100.0
     assert losses.orthogonality(certain, other, center).item() == pytest.approx(0, abs=1e-6)
@@ -127,13 +177,18 @@ def test_the_pair_of_a_view_with_itself_is_left_out():
     student, teacher = torch.zeros(2, 1, K), torch.zeros(2, 1, K)
     student[0, 0, 1], teacher[0, 0, 1] = 100.0, 100.0
     student[1, 0, 2], teacher[1, 0, 2] = 100.0, 100.0
-    assert losses.orthogonality(student, teacher, torch.zeros(K)).item() == pytest.approx(0, abs=1e-6)
+    assert losses.orthogonality(student, teacher, torch.zeros(K)).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_bfloat16_logits_are_computed_in_float32():
     student, teacher = torch.randn(V, B, K).bfloat16(), torch.randn(2, B, K).bfloat16()
     assert losses.dino_loss(student, teacher, torch.zeros(K)).dtype == torch.float32
-    torch.testing.assert_close(losses.dino_loss(student, teacher, torch.zeros(K)), losses.dino_loss(student.float(), teacher.float(), torch.zeros(K)))
+    torch.testing.assert_close(
+        losses.dino_loss(student, teacher, torch.zeros(K)),
+        losses.dino_loss(student.float(), teacher.float(), torch.zeros(K)),
+    )
 
 
 def test_an_unknown_kind_is_refused():
@@ -143,11 +198,19 @@ def test_an_unknown_kind_is_refused():
 
 def test_projection_regularization_counts_every_parameter_and_pushes_the_norms_together():
     torch.manual_seed(0)
-    ir, ef = ProjectionHead(8, 12, hidden=16, bottleneck=4), ProjectionHead(3, 5, hidden=16, bottleneck=4)
+    ir, ef = (
+        ProjectionHead(8, 12, hidden=16, bottleneck=4),
+        ProjectionHead(3, 5, hidden=16, bottleneck=4),
+    )
     value = losses.projection_regularization(ir, ef)
-    by_hand = abs(sum((p.double() ** 2).sum() for p in ef.parameters()) - sum((p.double() ** 2).sum() for p in ir.parameters()))
+    by_hand = abs(
+        sum((p.double() ** 2).sum() for p in ef.parameters())
+        - sum((p.double() ** 2).sum() for p in ir.parameters())
+    )
     assert value.item() == pytest.approx(by_hand.item(), rel=1e-5)
-    assert sum(1 for name, _ in ir.named_parameters() if "weight_g" in name) == 1  # the fixed gain is among them
+    assert (
+        sum(1 for name, _ in ir.named_parameters() if "weight_g" in name) == 1
+    )  # the fixed gain is among them
     value.backward()
     sign = 1 if losses.squared_norm(ef) > losses.squared_norm(ir) else -1
     for head, direction in ((ef, sign), (ir, -sign)):

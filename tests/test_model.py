@@ -1,4 +1,5 @@
 """Backbones, split, heads, network, and the files they are read from and written to."""
+
 import argparse
 import importlib.util
 
@@ -15,31 +16,62 @@ from draws import kept_branches
 
 def dino_vit_shapes(dim, depth, img_size, patch_size):
     """Keys and shapes of DINO's and timm's ViT, written down from their published files."""
-    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + (img_size // patch_size) ** 2, dim),
-              "patch_embed.proj.weight": (dim, 3, patch_size, patch_size), "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+    shapes = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 1 + (img_size // patch_size) ** 2, dim),
+        "patch_embed.proj.weight": (dim, 3, patch_size, patch_size),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
     for i in range(depth):
-        for name, rows, columns in (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim)):
-            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+        for name, rows, columns in (
+            ("attn.qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            ("mlp.fc1", 4 * dim, dim),
+            ("mlp.fc2", dim, 4 * dim),
+        ):
+            shapes |= {
+                f"blocks.{i}.{name}.weight": (rows, columns),
+                f"blocks.{i}.{name}.bias": (rows,),
+            }
         for name in ("norm1", "norm2"):
             shapes |= {f"blocks.{i}.{name}.weight": (dim,), f"blocks.{i}.{name}.bias": (dim,)}
     return shapes
 
 
-@pytest.mark.parametrize("arch, dim, depth, patch, millions", [("vit_tiny", 192, 12, 16, 5.5), ("vit_small", 384, 12, 16, 21.7),
-                                                               ("vit_base", 768, 12, 16, 85.8), ("vit_small", 384, 12, 8, 21.7), ("vit_micro", 128, 6, 8, 1.3)])
+@pytest.mark.parametrize(
+    "arch, dim, depth, patch, millions",
+    [
+        ("vit_tiny", 192, 12, 16, 5.5),
+        ("vit_small", 384, 12, 16, 21.7),
+        ("vit_base", 768, 12, 16, 85.8),
+        ("vit_small", 384, 12, 8, 21.7),
+        ("vit_micro", 128, 6, 8, 1.3),
+    ],
+)
 def test_vit_keys_shapes_and_size_are_dinos(arch, dim, depth, patch, millions):
     with torch.device("meta"):
         backbone = model.build_backbone(arch, 224, patch)
-    assert {k: tuple(v.shape) for k, v in backbone.state_dict().items()} == dino_vit_shapes(dim, depth, 224, patch)
-    assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.02) and backbone.dim == dim
+    assert {k: tuple(v.shape) for k, v in backbone.state_dict().items()} == dino_vit_shapes(
+        dim, depth, 224, patch
+    )
+    assert (
+        sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+        and backbone.dim == dim
+    )
 
 
-@pytest.mark.parametrize("arch, dim", [("resnet18", 512), ("resnet50", 2048), ("resnext50_32x4d", 2048)])
+@pytest.mark.parametrize(
+    "arch, dim", [("resnet18", 512), ("resnet50", 2048), ("resnext50_32x4d", 2048)]
+)
 def test_resnet_is_torchvisions_without_fc(arch, dim):
     backbone = model.build_backbone(arch)
     reference = torchvision.models.get_model(arch)
     expected = {k: v.shape for k, v in reference.state_dict().items() if not k.startswith("fc.")}
-    assert {k: v.shape for k, v in backbone.state_dict().items()} == expected and backbone.dim == dim
+    assert {
+        k: v.shape for k, v in backbone.state_dict().items()
+    } == expected and backbone.dim == dim
     reference.fc = torch.nn.Identity()
     reference.load_state_dict(backbone.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64)
@@ -47,11 +79,17 @@ def test_resnet_is_torchvisions_without_fc(arch, dim):
     assert backbone(x).shape == (2, dim)
 
 
-@pytest.mark.parametrize("wrong, hint", [("vit_smal", "vit_small"), ("resnet5", "resnet5"), ("", "vit_tiny")])
+@pytest.mark.parametrize(
+    "wrong, hint", [("vit_smal", "vit_small"), ("resnet5", "resnet5"), ("", "vit_tiny")]
+)
 def test_unknown_backbone_lists_the_known_and_the_nearest(wrong, hint):
     with pytest.raises(UsageError, match=hint) as error:
         model.build_backbone(wrong)
-    assert "vit_micro" in str(error.value) and "resnet50" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "vit_micro" in str(error.value)
+        and "resnet50" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_vit_computes_what_the_textbook_says():
@@ -101,7 +139,9 @@ def test_drop_path_drops_by_its_draws_and_keeps_the_expectation():
     block = model.Block(16, 2)
     x = torch.randn(4, 5, 16)
     draws = torch.tensor([[0.1, 0.1], [0.9, 0.9], [0.1, 0.9], [0.25, 0.24]])
-    first, last = kept_branches(draws[:, None].expand(-1, 2, -1), 0.25, 2)  # a network of two blocks
+    first, last = kept_branches(
+        draws[:, None].expand(-1, 2, -1), 0.25, 2
+    )  # a network of two blocks
     assert torch.equal(first, torch.ones(4, 2))
     out = block(x, last)
     assert torch.equal(out[0], x[0])
@@ -111,9 +151,14 @@ def test_drop_path_drops_by_its_draws_and_keeps_the_expectation():
     torch.testing.assert_close(out[2], (x + block.mlp(block.norm2(x)) / 0.75)[2])
     torch.testing.assert_close(block(x), block(x, first))
     middle, last = (kept_branches(torch.full((1, 6, 2), 0.15), 0.5, 6)[i] for i in (2, 5))
-    torch.testing.assert_close(middle, torch.zeros(1, 2)), torch.testing.assert_close(last, torch.zeros(1, 2))  # rates of 0.2 and 0.5
+    (
+        torch.testing.assert_close(middle, torch.zeros(1, 2)),
+        torch.testing.assert_close(last, torch.zeros(1, 2)),
+    )  # rates of 0.2 and 0.5
     vit, images = model.build_backbone("vit_micro", 32, 8, drop_path=0.5), torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(vit(images, torch.zeros(4, 6, 2) + 0.6), with_every_branch_scaled(vit, images))
+    torch.testing.assert_close(
+        vit(images, torch.zeros(4, 6, 2) + 0.6), with_every_branch_scaled(vit, images)
+    )
 
 
 def with_every_branch_scaled(vit, images):
@@ -125,7 +170,10 @@ def with_every_branch_scaled(vit, images):
     return vit.norm(x)[:, 0]
 
 
-@pytest.mark.parametrize("dim, ratio, d_ir", [(384, 0.8, 307), (128, 0.8, 102), (192, 0.5, 96), (10, 1.0, 10), (2048, 0.95, 1945)])
+@pytest.mark.parametrize(
+    "dim, ratio, d_ir",
+    [(384, 0.8, 307), (128, 0.8, 102), (192, 0.5, 96), (10, 1.0, 10), (2048, 0.95, 1945)],
+)
 def test_split(dim, ratio, d_ir):
     z = torch.randn(3, dim)
     z_ir, z_ef = model.split(z, ratio)
@@ -136,15 +184,24 @@ def test_head_has_dinos_keys_and_unit_prototypes():
     torch.manual_seed(0)
     head = model.ProjectionHead(20, 50, hidden=32, bottleneck=8)
     assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {
-        "mlp.0.weight": (32, 20), "mlp.0.bias": (32,), "mlp.2.weight": (32, 32), "mlp.2.bias": (32,), "mlp.4.weight": (8, 32), "mlp.4.bias": (8,),
-        "last_layer.weight_g": (50, 1), "last_layer.weight_v": (50, 8)}
+        "mlp.0.weight": (32, 20),
+        "mlp.0.bias": (32,),
+        "mlp.2.weight": (32, 32),
+        "mlp.2.bias": (32,),
+        "mlp.4.weight": (8, 32),
+        "mlp.4.bias": (8,),
+        "last_layer.weight_g": (50, 1),
+        "last_layer.weight_v": (50, 8),
+    }
     assert not head.last_layer.weight_g.requires_grad
     z = torch.randn(7, 20)
     cosines = F.cosine_similarity(head.mlp(z)[:, None], head.last_layer.weight_v[None], dim=-1)
     torch.testing.assert_close(head(z), cosines, atol=1e-6, rtol=1e-5)
     reference = torch.nn.utils.weight_norm(torch.nn.Linear(8, 50, bias=False))
     reference.load_state_dict(head.last_layer.state_dict(), strict=True)
-    torch.testing.assert_close(head(z), reference(F.normalize(head.mlp(z), dim=-1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        head(z), reference(F.normalize(head.mlp(z), dim=-1)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_logits_are_float32_under_autocast():
@@ -155,7 +212,9 @@ def test_logits_are_float32_under_autocast():
 
 def test_network_over_views_is_the_network_view_by_view():
     torch.manual_seed(0)
-    net = model.build_network(tiny_config(out_dim=24, out_dim_ef=12, head_hidden=16, head_bottleneck=8)).eval()
+    net = model.build_network(
+        tiny_config(out_dim=24, out_dim_ef=12, head_hidden=16, head_bottleneck=8)
+    ).eval()
     views = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
     ir, ef = net(views)
     assert ir.shape == ef.shape == (6, 3, 8)  # unit vectors in front of the prototypes
@@ -178,12 +237,22 @@ def test_foreign_files_load_strictly(tmp_path):
     head = {f"head.{k}": v for k, v in model.ProjectionHead(192, 8, 4, 4).state_dict().items()}
     files = {
         "dino backbone": vit.state_dict(),
-        "timm": {**vit.state_dict(), "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)},
-        "dino full": {"teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()} | head,
-                      "student": {f"module.backbone.{k}": v + 1 for k, v in vit.state_dict().items()} | {f"module.{k}": v for k, v in head.items()},
-                      "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3},
+        "timm": {
+            **vit.state_dict(),
+            "head.weight": torch.zeros(1000, 192),
+            "head.bias": torch.zeros(1000),
+        },
+        "dino full": {
+            "teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()} | head,
+            "student": {f"module.backbone.{k}": v + 1 for k, v in vit.state_dict().items()}
+            | {f"module.{k}": v for k, v in head.items()},
+            "args": argparse.Namespace(arch="vit_tiny"),
+            "epoch": 3,
+        },
         "torchvision": resnet.state_dict(),
-        "torchvision of 2017": {k: v for k, v in resnet.state_dict().items() if "num_batches_tracked" not in k},
+        "torchvision of 2017": {
+            k: v for k, v in resnet.state_dict().items() if "num_batches_tracked" not in k
+        },
         "wrapped": {"state_dict": {f"module.{k}": v for k, v in resnet.state_dict().items()}},
     }
     x = torch.randn(2, 3, 64, 64)
@@ -196,7 +265,9 @@ def test_foreign_files_load_strictly(tmp_path):
             assert torch.equal(backbone(x), vit(x)), name
         else:
             resnet.fc = torch.nn.Identity()
-            torch.testing.assert_close(backbone(x), resnet.eval()(x), msg=name, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                backbone(x), resnet.eval()(x), msg=name, atol=1e-4, rtol=1e-4
+            )
     torch.save(files["dino full"], tmp_path / "file.pt")
     student, _ = model.load_backbone(str(tmp_path / "file.pt"), part="student")
     assert torch.equal(student.cls_token, vit.cls_token + 1)
@@ -210,26 +281,44 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path):
     vit = model.build_backbone("vit_micro", 32, 8).state_dict()
     cases = {
         "payload": (Payload(), "refused"),
-        "missing key": ({k: v for k, v in vit.items() if k != "norm.bias"}, "nearest is vit_micro, where 1 entries differ, such as norm.bias"),
+        "missing key": (
+            {k: v for k, v in vit.items() if k != "norm.bias"},
+            "nearest is vit_micro, where 1 entries differ, such as norm.bias",
+        ),
         "extra key": (vit | {"extra": torch.zeros(1)}, "extra"),
         "positions without a grid": (vit | {"pos_embed": torch.zeros(1, 0, 128)}, "pos_embed"),
         "positions of one dimension": (vit | {"pos_embed": torch.zeros(5)}, "pos_embed"),
-        "a patch of no size": (vit | {"patch_embed.proj.weight": torch.zeros(128, 3, 0, 0)}, "patch_embed"),
-        "a patch of no dimension": (vit | {"patch_embed.proj.weight": torch.tensor(1.0)}, "patch_embed"),
+        "a patch of no size": (
+            vit | {"patch_embed.proj.weight": torch.zeros(128, 3, 0, 0)},
+            "patch_embed",
+        ),
+        "a patch of no dimension": (
+            vit | {"patch_embed.proj.weight": torch.tensor(1.0)},
+            "patch_embed",
+        ),
         "wrong shape": (vit | {"norm.bias": torch.zeros(7)}, "norm.bias"),
         "numbered": ({0: torch.zeros(1)}, "no weights by name"),
         "part without names": ({"teacher": torch.zeros(1)}, "no weights by name"),
         "not weights": ([1, 2], "holds a list"),
         "empty": ({}, "not the weights"),
         "no such part": ({"teacher": vit}, "no part 'student'; there is teacher"),
-        "other arch": ({"config": {"arch": "vit_tiny"}, "teacher": vit}, "its config says vit_tiny"),
+        "other arch": (
+            {"config": {"arch": "vit_tiny"}, "teacher": vit},
+            "its config says vit_tiny",
+        ),
     }
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / "file.pt")
         with pytest.raises(UsageError, match=message) as error:
-            model.load_backbone(str(tmp_path / "file.pt"), part="student" if name == "no such part" else "teacher")
+            model.load_backbone(
+                str(tmp_path / "file.pt"), part="student" if name == "no such part" else "teacher"
+            )
         assert "\n" not in str(error.value) and "file.pt" in str(error.value), name
-    for name, content in {"garbage.pt": b"not a checkpoint at all", "empty.pt": b"", "cut.pt": (tmp_path / "file.pt").read_bytes()[:1000]}.items():
+    for name, content in {
+        "garbage.pt": b"not a checkpoint at all",
+        "empty.pt": b"",
+        "cut.pt": (tmp_path / "file.pt").read_bytes()[:1000],
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError) as error:
             model.load_backbone(str(tmp_path / name))
@@ -238,9 +327,12 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path):
         model.load_backbone(str(tmp_path / "nowhere.pt"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed; it is no dependency")
+@pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed; it is no dependency"
+)
 def test_backbone_is_timms(tmp_path):
     import timm
+
     ours = model.build_backbone("vit_tiny", 224, 16).eval()
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)

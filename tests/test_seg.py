@@ -1,4 +1,5 @@
 """eval_seg.py: its parts against naive definitions, its commands on folders written for the purpose."""
+
 import json
 import math
 import zipfile
@@ -27,11 +28,15 @@ def naive_propagate(features, first, h, w, n_last, radius, topk, temperature):
     near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
     for t in range(1, len(f)):
         sources = [0, *range(max(1, t - n_last), t)]
-        affinity = torch.cat([torch.exp(f[s] @ f[t].T / temperature) * near for s in sources])  # (S*h*w, h*w), a column a target
+        affinity = torch.cat(
+            [torch.exp(f[s] @ f[t].T / temperature) * near for s in sources]
+        )  # (S*h*w, h*w), a column a target
         kth = affinity.topk(min(topk, len(affinity)), dim=0).values[-1]
         affinity[affinity < kth] = 0
         affinity /= affinity.sum(0)
-        labels.append((torch.cat([labels[s].flatten(1) for s in sources], 1) @ affinity).view(-1, h, w))
+        labels.append(
+            (torch.cat([labels[s].flatten(1) for s in sources], 1) @ affinity).view(-1, h, w)
+        )
     return torch.stack(labels[1:])
 
 
@@ -44,7 +49,12 @@ def test_propagation_is_the_dense_form(monkeypatch, radius, topk, tile):
     features = torch.randn(12, h * w, 8, generator=generator)
     first = F.one_hot(torch.randint(0, 3, (h, w), generator=generator), 3).permute(2, 0, 1).float()
     got = eval_seg.propagate(features, first, h, w, 7, radius, topk)
-    torch.testing.assert_close(got.double(), naive_propagate(features, first, h, w, 7, radius, topk, 0.1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        got.double(),
+        naive_propagate(features, first, h, w, 7, radius, topk, 0.1),
+        atol=1e-4,
+        rtol=1e-4,
+    )
     assert got.shape == (11, 3, h, w)
     torch.testing.assert_close(got.sum(1), torch.ones(11, h, w))
 
@@ -55,9 +65,16 @@ def test_tokencut_finds_two_clusters_exactly_and_its_vector_solves_the_problem()
     truth[3:7, 4:8] = True
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 16, generator=generator)
-    features = torch.where(truth, a[:, None, None], b[:, None, None]) + 0.02 * torch.randn(16, h, w, generator=generator)
+    features = torch.where(truth, a[:, None, None], b[:, None, None]) + 0.02 * torch.randn(
+        16, h, w, generator=generator
+    )
     mask, v = eval_seg.tokencut(features)
-    assert torch.equal(mask, truth) and mask.dtype == torch.bool and v.shape == (h, w) and v[truth].min() > v[~truth].max()
+    assert (
+        torch.equal(mask, truth)
+        and mask.dtype == torch.bool
+        and v.shape == (h, w)
+        and v[truth].min() > v[~truth].max()
+    )
     unit = F.normalize(features.flatten(1).double(), dim=0)
     W = torch.where(unit.T @ unit > 0.2, 1.0, 1e-5).double()
     D = W.sum(1).diag()
@@ -80,20 +97,38 @@ def test_tokencut_keeps_the_seeds_component_and_the_small_side_is_foreground():
     features = torch.zeros(2, h, w)
     features[0], features[1] = (truth | other).float(), (~(truth | other)).float()
     mask, v = eval_seg.tokencut(features)
-    assert torch.equal(mask, truth) or torch.equal(mask, other)  # the two are alike: one component, never both
+    assert torch.equal(mask, truth) or torch.equal(
+        mask, other
+    )  # the two are alike: one component, never both
     assert (v > v.mean()).sum() == (truth | other).sum()
 
 
 def test_components_are_four_connected():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 1], [1, 0, 0, 1]], dtype=torch.bool)
-    assert torch.equal(eval_seg.component(mask, 0, 3), torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool))
-    assert torch.equal(eval_seg.component(mask, 0, 0), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool))
+    assert torch.equal(
+        eval_seg.component(mask, 0, 3),
+        torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool),
+    )
+    assert torch.equal(
+        eval_seg.component(mask, 0, 0),
+        torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool),
+    )
 
 
 def test_saliency_metrics_are_their_definitions():
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.rand(13, 17, generator=generator), (torch.rand(8, 8, generator=generator) > 0.5).float(), torch.zeros(5, 5), torch.rand(6, 4, generator=generator)]
-    gts = [torch.rand(13, 17, generator=generator) > 0.6, torch.rand(8, 8, generator=generator) > 0.5, torch.rand(5, 5, generator=generator) > 0.5, torch.zeros(6, 4, dtype=torch.bool)]
+    maps = [
+        torch.rand(13, 17, generator=generator),
+        (torch.rand(8, 8, generator=generator) > 0.5).float(),
+        torch.zeros(5, 5),
+        torch.rand(6, 4, generator=generator),
+    ]
+    gts = [
+        torch.rand(13, 17, generator=generator) > 0.6,
+        torch.rand(8, 8, generator=generator) > 0.5,
+        torch.rand(5, 5, generator=generator) > 0.5,
+        torch.zeros(6, 4, dtype=torch.bool),
+    ]
     iou, acc, curves = [], [], []
     for m, g in zip(maps, gts):
         m, g = m.double().numpy(), g.numpy()
@@ -107,14 +142,23 @@ def test_saliency_metrics_are_their_definitions():
             curve.append(1.3 * p * r / (0.3 * p + r) if 0.3 * p + r else 0.0)
         curves.append(curve)
     got = eval_seg.saliency_metrics(maps, gts)
-    assert got["iou"] == pytest.approx(np.mean(iou)) and got["acc"] == pytest.approx(np.mean(acc)) and got["max_f"] == pytest.approx(np.mean(curves, 0).max())
-    assert eval_seg.saliency_metrics([gts[0].float()], [gts[0]]) == dict(max_f=1.0, iou=1.0, acc=1.0)
+    assert (
+        got["iou"] == pytest.approx(np.mean(iou))
+        and got["acc"] == pytest.approx(np.mean(acc))
+        and got["max_f"] == pytest.approx(np.mean(curves, 0).max())
+    )
+    assert eval_seg.saliency_metrics([gts[0].float()], [gts[0]]) == dict(
+        max_f=1.0, iou=1.0, acc=1.0
+    )
 
 
 def test_j_and_f_are_their_definitions():
     generator = torch.Generator().manual_seed(0)
     T, H, W = 5, 40, 60
-    pred, gt = (F.avg_pool2d(torch.rand(T, 1, H + 6, W + 6, generator=generator), 7, 1)[:, 0] > 0.5 for _ in range(2))
+    pred, gt = (
+        F.avg_pool2d(torch.rand(T, 1, H + 6, W + 6, generator=generator), 7, 1)[:, 0] > 0.5
+        for _ in range(2)
+    )
     pred[1], gt[2] = False, False
     pred[3] = gt[3]
     pred[4], gt[4] = False, False
@@ -125,18 +169,33 @@ def test_j_and_f_are_their_definitions():
         found = []
         for y in range(H):
             for x in range(W):
-                neighbours = [(y, x + 1)] * (x + 1 < W) + [(y + 1, x)] * (y + 1 < H) + [(y + 1, x + 1)] * (x + 1 < W and y + 1 < H)
+                neighbours = (
+                    [(y, x + 1)] * (x + 1 < W)
+                    + [(y + 1, x)] * (y + 1 < H)
+                    + [(y + 1, x + 1)] * (x + 1 < W and y + 1 < H)
+                )
                 if any(mask[y, x] != mask[n] for n in neighbours):
                     found.append((y, x))
         return found
 
     for t in range(T):
         union = (pred[t] | gt[t]).sum().item()
-        assert J[t].item() == pytest.approx((pred[t] & gt[t]).sum().item() / union if union else 1.0)
+        assert J[t].item() == pytest.approx(
+            (pred[t] & gt[t]).sum().item() / union if union else 1.0
+        )
         a, b = edges(pred[t].numpy()), edges(gt[t].numpy())
 
         def share(these, those):
-            return sum(any((y - v) ** 2 + (x - u) ** 2 <= radius**2 for v, u in those) for y, x in these) / len(these) if these else 1.0
+            return (
+                sum(
+                    any((y - v) ** 2 + (x - u) ** 2 <= radius**2 for v, u in those)
+                    for y, x in these
+                )
+                / len(these)
+                if these
+                else 1.0
+            )
+
         p, r = share(a, b), share(b, a)
         assert F_[t].item() == pytest.approx(2 * p * r / (p + r) if p + r else 0.0, abs=1e-6)
 
@@ -146,7 +205,11 @@ def test_recall_and_decay():
     mean, recall, decay = eval_seg.mean_recall_decay(values)
     ids = np.round(np.linspace(1, 8, 5) + 1e-10).astype(int) - 1
     v = values.numpy()
-    assert mean == pytest.approx(0.5) and recall == 0.5 and decay == pytest.approx(v[ids[0]:ids[1] + 1].mean() - v[ids[3]:ids[4] + 1].mean())
+    assert (
+        mean == pytest.approx(0.5)
+        and recall == 0.5
+        and decay == pytest.approx(v[ids[0] : ids[1] + 1].mean() - v[ids[3] : ids[4] + 1].mean())
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the bilateral solver
@@ -154,13 +217,28 @@ def test_recall_and_decay():
 
 def test_the_bilateral_solver_solves_its_dense_system():
     generator = torch.Generator().manual_seed(0)
-    image = F.interpolate(torch.rand(1, 3, 5, 6, generator=generator), size=(24, 30))[0].mul(255).byte()
+    image = (
+        F.interpolate(torch.rand(1, 3, 5, 6, generator=generator), size=(24, 30))[0].mul(255).byte()
+    )
     target = (torch.rand(24, 30, generator=generator) > 0.5).float()
-    yuv = np.einsum("ij,jhw->ihw", np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]), image.numpy().astype(float))
+    yuv = np.einsum(
+        "ij,jhw->ihw",
+        np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]),
+        image.numpy().astype(float),
+    )
     of_cell = {}
     for y in range(24):
         for x in range(30):
-            of_cell.setdefault((x // 4, y // 4, int(yuv[0, y, x] // 16), int((yuv[1, y, x] + 128) // 8), int((yuv[2, y, x] + 128) // 8)), []).append((y, x))
+            of_cell.setdefault(
+                (
+                    x // 4,
+                    y // 4,
+                    int(yuv[0, y, x] // 16),
+                    int((yuv[1, y, x] + 128) // 8),
+                    int((yuv[2, y, x] + 128) // 8),
+                ),
+                [],
+            ).append((y, x))
     cells = list(of_cell)
     splat = np.zeros((len(cells), 24 * 30))
     blur = np.zeros((len(cells), len(cells)))
@@ -182,7 +260,11 @@ def test_the_bilateral_solver_solves_its_dense_system():
 def test_the_bilateral_solver_snaps_a_rough_mask_to_the_edge():
     truth = torch.zeros(96, 128, dtype=torch.bool)
     truth[21:70, 33:90] = True
-    image = torch.where(truth, torch.tensor([200, 60, 40])[:, None, None], torch.tensor([40, 60, 200])[:, None, None]).byte()
+    image = torch.where(
+        truth,
+        torch.tensor([200, 60, 40])[:, None, None],
+        torch.tensor([40, 60, 200])[:, None, None],
+    ).byte()
     rough = torch.zeros(96, 128)
     rough[16:80, 32:96] = 1
     assert torch.equal(eval_seg.bilateral_solver(image, rough) > 0.5, truth)
@@ -193,14 +275,21 @@ def test_the_bilateral_solver_snaps_a_rough_mask_to_the_edge():
 
 
 def test_tokencut_where_there_is_nothing_to_cut():
-    for features in (torch.ones(4, 3, 5), torch.randn(4, 1, 1), torch.eye(6)[:, :, None]):  # all alike, one patch, none like another
+    for features in (
+        torch.ones(4, 3, 5),
+        torch.randn(4, 1, 1),
+        torch.eye(6)[:, :, None],
+    ):  # all alike, one patch, none like another
         mask, v = eval_seg.tokencut(features)
         assert not mask.any() and mask.shape == v.shape == features.shape[1:] and v.isfinite().all()
 
 
 def test_propagation_at_a_small_temperature_and_without_memory():
     generator = torch.Generator().manual_seed(0)
-    features, first = torch.randn(4, 12, 8, generator=generator), F.one_hot(torch.arange(12) % 2).T.view(2, 3, 4)
+    features, first = (
+        torch.randn(4, 12, 8, generator=generator),
+        F.one_hot(torch.arange(12) % 2).T.view(2, 3, 4),
+    )
     got = eval_seg.propagate(features, first, 3, 4, n_last=0, temperature=1e-4)
     best = (F.normalize(features[3], dim=-1) @ F.normalize(features[0], dim=-1).T).argmax(1)
     assert torch.equal(got[2].argmax(0).flatten(), best % 2) and got.isfinite().all()
@@ -226,26 +315,53 @@ def test_feature_maps_are_what_forward_pools(name):
 
 
 def test_the_palette_is_daviss():
-    assert eval_seg.davis_palette()[:5].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
+    assert eval_seg.davis_palette()[:5].tolist() == [
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [128, 128, 0],
+        [0, 0, 128],
+    ]
     assert eval_seg.davis_palette()[[38, 255]].tolist() == [[0, 128, 192], [224, 224, 192]]
 
 
 def test_sides_are_rounded_as_the_protocols_say():
-    assert eval_seg.frame_sides(480, 854, 480, 16) == eval_seg.frame_sides(480, 853, 480, 8) == eval_seg.frame_sides(480, 853, 480, 32) == (480, 832)
-    assert eval_seg.frame_sides(854, 480, 480, 16) == (832, 480) and eval_seg.frame_sides(100, 100, 100, 16) == (96, 64) and eval_seg.frame_sides(9, 90, 16, 32) == (32, 320)
-    assert eval_seg.photo_sides(300, 400, 0, 16) == (304, 400) and eval_seg.photo_sides(5, 40, 0, 16) == (16, 32) and eval_seg.photo_sides(300, 400, 96, 8) == (96, 128)
+    assert (
+        eval_seg.frame_sides(480, 854, 480, 16)
+        == eval_seg.frame_sides(480, 853, 480, 8)
+        == eval_seg.frame_sides(480, 853, 480, 32)
+        == (480, 832)
+    )
+    assert (
+        eval_seg.frame_sides(854, 480, 480, 16) == (832, 480)
+        and eval_seg.frame_sides(100, 100, 100, 16) == (96, 64)
+        and eval_seg.frame_sides(9, 90, 16, 32) == (32, 320)
+    )
+    assert (
+        eval_seg.photo_sides(300, 400, 0, 16) == (304, 400)
+        and eval_seg.photo_sides(5, 40, 0, 16) == (16, 32)
+        and eval_seg.photo_sides(300, 400, 96, 8) == (96, 128)
+    )
 
 
 def test_moving_shapes_move_and_are_where_the_ids_say():
     frames, ids = data.moving_shapes(3, 64, frames=5)
     again, _ = data.moving_shapes(3, 64, frames=5)
-    assert torch.equal(frames, again) and frames.shape == (5, 3, 64, 64) and ids.unique().tolist() == [0, 1, 2] and not torch.equal(ids[0], ids[-1])
+    assert (
+        torch.equal(frames, again)
+        and frames.shape == (5, 3, 64, 64)
+        and ids.unique().tolist() == [0, 1, 2]
+        and not torch.equal(ids[0], ids[-1])
+    )
     shade = frames.float().mean(1)
     for t in range(5):
         background = shade[t][ids[t] == 0].mean()
         assert all((shade[t][ids[t] == i].mean() - background).abs() > 50 for i in (1, 2))
     images, masks = data.shape_masks("val", 32, 12)
-    assert torch.equal(images[7], data.shapes("val", 32, 12).read(7)) and 0.05 < masks.float().mean() < 0.5
+    assert (
+        torch.equal(images[7], data.shapes("val", 32, 12).read(7))
+        and 0.05 < masks.float().mean() < 0.5
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -282,9 +398,12 @@ def write_davis(root, name, frames, ids):
 def test_davis_from_its_folders(ckpt, tmp_path, capsys):
     root = tmp_path / "DAVIS"
     frames, ids = data.moving_shapes(0, 128, frames=9)
-    ids[3, :20] = 255                                                     # nobody's
-    ids[5, 60:70, 60:70] = 7                                              # an object that was not there at first
-    narrow = [F.interpolate(frame[None].float(), size=(128, 127)).byte()[0] if t % 2 else frame for t, frame in enumerate(frames)]
+    ids[3, :20] = 255  # nobody's
+    ids[5, 60:70, 60:70] = 7  # an object that was not there at first
+    narrow = [
+        F.interpolate(frame[None].float(), size=(128, 127)).byte()[0] if t % 2 else frame
+        for t, frame in enumerate(frames)
+    ]
     narrow_ids = [eval_seg.enlarge(i, 128, 127).byte() if t % 2 else i for t, i in enumerate(ids)]
     write_davis(root, "moves", narrow, narrow_ids)
     write_davis(root, "unmarked", frames[:3], ids[1:1])
@@ -295,36 +414,87 @@ def test_davis_from_its_folders(ckpt, tmp_path, capsys):
     (root / "Annotations/480p/unlisted").mkdir()
     (root / "ImageSets/2017").mkdir(parents=True)
     (root / "ImageSets/2017/val.txt").write_text("moves\nunmarked\nempty\nbroken\nshort\nlost\n")
-    result, said = run(capsys, f"--ckpt={ckpt}", "--task=davis", f"--data={root}", f"--out={tmp_path}", "--size=128", "--pictures=1")
+    result, said = run(
+        capsys,
+        f"--ckpt={ckpt}",
+        "--task=davis",
+        f"--data={root}",
+        f"--out={tmp_path}",
+        "--size=128",
+        "--pictures=1",
+    )
 
-    assert "unmarked: skipped, frame 00000 has no annotation" in said and "empty: skipped, the annotation of frame 00000 marks no object" in said
-    assert "broken: skipped" in said and "lost: skipped, holds no frames" in said and "object 7 not in the first annotation" in said
+    assert (
+        "unmarked: skipped, frame 00000 has no annotation" in said
+        and "empty: skipped, the annotation of frame 00000 marks no object" in said
+    )
+    assert (
+        "broken: skipped" in said
+        and "lost: skipped, holds no frames" in said
+        and "object 7 not in the first annotation" in said
+    )
     assert "| clever, ef " in said and "J&F" in said
     for part in ("full", "ir", "ef"):
         written = sorted((tmp_path / f"masks/clever_{part}/moves").iterdir())
         assert [path.name for path in written] == [f"{t:05}.png" for t in range(9)]
         found = [torch.from_numpy(np.asarray(Image.open(path))) for path in written]
-        assert all(Image.open(path).mode == "P" and mask.shape == truth.shape for path, mask, truth in zip(written, found, narrow_ids))
-        assert torch.equal(found[0] * (ids[0] != 255), ids[0]) and Image.open(written[0]).getpalette()[3:6] == [128, 0, 0]
+        assert all(
+            Image.open(path).mode == "P" and mask.shape == truth.shape
+            for path, mask, truth in zip(written, found, narrow_ids)
+        )
+        assert torch.equal(found[0] * (ids[0] != 255), ids[0]) and Image.open(
+            written[0]
+        ).getpalette()[3:6] == [128, 0, 0]
         by_object = {}
         for number in (1, 2):  # J again, from the files
-            pairs = [((mask == number) & (truth != 255), truth == number) for mask, truth in zip(found[1:-1], narrow_ids[1:-1])]
-            by_object[number] = np.mean([((p & g).sum() / (p | g).sum()).item() if (p | g).any() else 1.0 for p, g in pairs])
-            [row] = [row for row in result["rows"] if row["part"] == part and row["test"] == f"moves_{number}" and row["metric"] == "J mean"]
-            assert row["value"] == pytest.approx(100 * by_object[number], abs=0.01) and row["n"] == 7
-        [total] = [row for row in result["rows"] if row["part"] == part and row["test"] == "DAVIS" and row["metric"] == "J mean"]
+            pairs = [
+                ((mask == number) & (truth != 255), truth == number)
+                for mask, truth in zip(found[1:-1], narrow_ids[1:-1])
+            ]
+            by_object[number] = np.mean(
+                [((p & g).sum() / (p | g).sum()).item() if (p | g).any() else 1.0 for p, g in pairs]
+            )
+            [row] = [
+                row
+                for row in result["rows"]
+                if row["part"] == part
+                and row["test"] == f"moves_{number}"
+                and row["metric"] == "J mean"
+            ]
+            assert (
+                row["value"] == pytest.approx(100 * by_object[number], abs=0.01) and row["n"] == 7
+            )
+        [total] = [
+            row
+            for row in result["rows"]
+            if row["part"] == part and row["test"] == "DAVIS" and row["metric"] == "J mean"
+        ]
         assert total["value"] == pytest.approx(50 * sum(by_object.values()), abs=0.02)
         assert total["value"] > 40  # even at random weights: patches of one colour are alike
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["davis_moves.png"]
     assert result["task"] == "davis" and result["protocol"]["n_last"] == 7
 
 
-@pytest.mark.skipif(not (SHARED / "davis_judo.zip").exists(), reason="the real DAVIS frames are not here")
+@pytest.mark.skipif(
+    not (SHARED / "davis_judo.zip").exists(), reason="the real DAVIS frames are not here"
+)
 def test_real_frames(ckpt, tmp_path, capsys):
     with zipfile.ZipFile(SHARED / "davis_judo.zip") as archive:
         archive.extractall(tmp_path)
-    result, said = run(capsys, f"--ckpt={ckpt}", "--task=davis", f"--data={tmp_path}/davis_judo", f"--out={tmp_path}", "--size=64", "--part=full")
-    assert "14 of 14 frames between first and last have no annotation" in said and "no truth to compare with" in said and result["rows"] == []
+    result, said = run(
+        capsys,
+        f"--ckpt={ckpt}",
+        "--task=davis",
+        f"--data={tmp_path}/davis_judo",
+        f"--out={tmp_path}",
+        "--size=64",
+        "--part=full",
+    )
+    assert (
+        "14 of 14 frames between first and last have no annotation" in said
+        and "no truth to compare with" in said
+        and result["rows"] == []
+    )
     masks = sorted((tmp_path / "masks/clever_full/judo").iterdir())
     assert len(masks) == 16 and all(np.asarray(Image.open(path)).max() > 0 for path in masks)
 
@@ -335,32 +505,98 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
     images, masks = data.shape_masks("val", 64, 6)
     for i in range(6):
         torchvision.io.write_jpeg(images[i], str(root / f"Images/{i}.jpg"), quality=95)
-        Image.fromarray(masks[i].numpy().astype(np.uint8) * (1 if i % 2 else 255)).save(root / f"ground_truth_mask/{i}.png")
+        Image.fromarray(masks[i].numpy().astype(np.uint8) * (1 if i % 2 else 255)).save(
+            root / f"ground_truth_mask/{i}.png"
+        )
     (root / "ground_truth_mask/5.png").unlink()
-    Image.fromarray(images[4, 0].numpy()).save(root / "Images/4.jpg")                                   # grey
-    Image.fromarray(masks[3].numpy()).resize((32, 32)).save(root / "ground_truth_mask/3.png")           # too small
-    torchvision.io.write_jpeg(images[0][:, :5, :5], str(root / "Images/tiny.jpg"))                      # smaller than a patch
+    Image.fromarray(images[4, 0].numpy()).save(root / "Images/4.jpg")  # grey
+    Image.fromarray(masks[3].numpy()).resize((32, 32)).save(
+        root / "ground_truth_mask/3.png"
+    )  # too small
+    torchvision.io.write_jpeg(
+        images[0][:, :5, :5], str(root / "Images/tiny.jpg")
+    )  # smaller than a patch
     (root / "Images/torn.jpg").write_bytes((root / "Images/1.jpg").read_bytes()[:200])
-    result, said = run(capsys, f"--ckpt={ckpt}", f"--data={root}", f"--out={tmp_path}", "--pictures=2")
-    assert "torn: skipped" in said and "tiny: clever finds no foreground, the image is a single patch" in said and "3: mask of 32x32 resized" in said
-    assert "2 of 7 images have no mask: segmented, not measured" in said and "no foreground in " in said
-    written = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "masks/clever").iterdir()}
-    assert set(written) == {*"012345", "tiny"} and set(np.unique(written["0"])) == {0, 255} and written["0"].shape == (64, 64) and written["tiny"].shape == (5, 5)
-    iou = [((written[str(i)] > 0) & masks[i].numpy()).sum() / ((written[str(i)] > 0) | masks[i].numpy()).sum() for i in (0, 1, 2, 4)]
-    three = eval_seg.enlarge(torch.from_numpy(np.asarray(Image.open(root / "ground_truth_mask/3.png")).astype(np.uint8)), 64, 64).numpy() > 0
+    result, said = run(
+        capsys, f"--ckpt={ckpt}", f"--data={root}", f"--out={tmp_path}", "--pictures=2"
+    )
+    assert (
+        "torn: skipped" in said
+        and "tiny: clever finds no foreground, the image is a single patch" in said
+        and "3: mask of 32x32 resized" in said
+    )
+    assert (
+        "2 of 7 images have no mask: segmented, not measured" in said
+        and "no foreground in " in said
+    )
+    written = {
+        path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "masks/clever").iterdir()
+    }
+    assert (
+        set(written) == {*"012345", "tiny"}
+        and set(np.unique(written["0"])) == {0, 255}
+        and written["0"].shape == (64, 64)
+        and written["tiny"].shape == (5, 5)
+    )
+    iou = [
+        ((written[str(i)] > 0) & masks[i].numpy()).sum()
+        / ((written[str(i)] > 0) | masks[i].numpy()).sum()
+        for i in (0, 1, 2, 4)
+    ]
+    three = (
+        eval_seg.enlarge(
+            torch.from_numpy(
+                np.asarray(Image.open(root / "ground_truth_mask/3.png")).astype(np.uint8)
+            ),
+            64,
+            64,
+        ).numpy()
+        > 0
+    )
     iou.append(((written["3"] > 0) & three).sum() / ((written["3"] > 0) | three).sum())
     [row] = [row for row in result["rows"] if row["metric"] == "IoU"]
-    assert row["value"] == pytest.approx(100 * np.mean(iou), abs=0.01) and row["n"] == 5 and row["test"] == "ECSSD"
-    assert {row["metric"] for row in result["rows"]} == {"max F", "IoU", "accuracy", "max F, solver", "IoU, solver", "accuracy, solver"}
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"{what}_{i}.png" for what in ("saliency", "attention") for i in (0, 1)}
+    assert (
+        row["value"] == pytest.approx(100 * np.mean(iou), abs=0.01)
+        and row["n"] == 5
+        and row["test"] == "ECSSD"
+    )
+    assert {row["metric"] for row in result["rows"]} == {
+        "max F",
+        "IoU",
+        "accuracy",
+        "max F, solver",
+        "IoU, solver",
+        "accuracy, solver",
+    }
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        f"{what}_{i}.png" for what in ("saliency", "attention") for i in (0, 1)
+    }
 
 
 def test_one_picture_and_the_built_in_ones(ckpt, tmp_path, capsys):
     torchvision.io.write_png(data.shapes("val", 96, 1).read(0), str(tmp_path / "photo.png"))
-    result, said = run(capsys, f"--ckpt={ckpt}", f"--image={tmp_path}/photo.png", f"--out={tmp_path}", "--solver=False")
-    assert (tmp_path / "masks/clever/photo.png").exists() and (tmp_path / "pictures/attention_photo.png").exists() and result["rows"] == []
+    result, said = run(
+        capsys,
+        f"--ckpt={ckpt}",
+        f"--image={tmp_path}/photo.png",
+        f"--out={tmp_path}",
+        "--solver=False",
+    )
+    assert (
+        (tmp_path / "masks/clever/photo.png").exists()
+        and (tmp_path / "pictures/attention_photo.png").exists()
+        and result["rows"] == []
+    )
     assert not (tmp_path / "masks/clever_solver").exists()
-    result, said = run(capsys, f"--ckpt={ckpt}", f"--compare={ckpt}", f"--out={tmp_path}", "--untrained=True", "--size=48", "--pictures=1")
+    result, said = run(
+        capsys,
+        f"--ckpt={ckpt}",
+        f"--compare={ckpt}",
+        f"--out={tmp_path}",
+        "--untrained=True",
+        "--size=48",
+        "--pictures=1",
+    )
     assert len(result["rows"]) == 3 * 6 and "untrained" in said
 
 
@@ -370,24 +606,48 @@ def test_maps_of_other_backbones(name, tmp_path, capsys):
     torch.save(build_backbone(name).state_dict(), tmp_path / "weights.pt")
     frames, ids = data.moving_shapes(0, 192, frames=4)
     write_davis(tmp_path / "DAVIS", "moves", frames, ids)
-    result, said = run(capsys, f"--ckpt={tmp_path}/weights.pt", "--task=davis", f"--data={tmp_path}/DAVIS", f"--out={tmp_path}", "--size=192")
+    result, said = run(
+        capsys,
+        f"--ckpt={tmp_path}/weights.pt",
+        "--task=davis",
+        f"--data={tmp_path}/DAVIS",
+        f"--out={tmp_path}",
+        "--size=192",
+    )
     assert {row["test"] for row in result["rows"]} == {"DAVIS", "moves_1", "moves_2"}
     torchvision.io.write_png(frames[0], str(tmp_path / "photo.png"))
-    run(capsys, f"--ckpt={tmp_path}/weights.pt", f"--image={tmp_path}/photo.png", f"--out={tmp_path}", "--size=224")
-    assert (tmp_path / f"masks/{name}/photo.png").exists() and not (tmp_path / "pictures/attention_photo.png").exists()
+    run(
+        capsys,
+        f"--ckpt={tmp_path}/weights.pt",
+        f"--image={tmp_path}/photo.png",
+        f"--out={tmp_path}",
+        "--size=224",
+    )
+    assert (tmp_path / f"masks/{name}/photo.png").exists() and not (
+        tmp_path / "pictures/attention_photo.png"
+    ).exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "no checkpoint given"),
-    (["--task=davsi"], "did you mean 'davis'"),
-    (["--task=davis", "--image=x.jpg"], "one picture is for"),
-    (["--part=ir"], "TokenCut compares keys"),
-    (["CKPT", "--task=davis", "--data=nowhere"], "give the folder that holds DAVIS's JPEGImages"),
-    (["CKPT", "--data=nowhere"], "name them img/ and gt/"),
-    (["CKPT", "--image=nowhere.jpg"], "not one image could be read"),
-    (["CKPT", "--topk=0"], "must lie between"),
-    (["CKPT", "--out=nowhere"], "no such folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no checkpoint given"),
+        (["--task=davsi"], "did you mean 'davis'"),
+        (["--task=davis", "--image=x.jpg"], "one picture is for"),
+        (["--part=ir"], "TokenCut compares keys"),
+        (
+            ["CKPT", "--task=davis", "--data=nowhere"],
+            "give the folder that holds DAVIS's JPEGImages",
+        ),
+        (["CKPT", "--data=nowhere"], "name them img/ and gt/"),
+        (["CKPT", "--image=nowhere.jpg"], "not one image could be read"),
+        (["CKPT", "--topk=0"], "must lie between"),
+        (["CKPT", "--out=nowhere"], "no such folder"),
+    ],
+)
 def test_wrong_commands(ckpt, tmp_path, arguments, message):
     with pytest.raises(UsageError, match=message):
-        eval_seg.main([f"--ckpt={ckpt}" if a == "CKPT" else a for a in arguments] + ([] if "--out=nowhere" in arguments else [f"--out={tmp_path}"]))
+        eval_seg.main(
+            [f"--ckpt={ckpt}" if a == "CKPT" else a for a in arguments]
+            + ([] if "--out=nowhere" in arguments else [f"--out={tmp_path}"])
+        )

@@ -1,4 +1,5 @@
 """Training as a user runs it: schedules, one process equals two, it continues bit for bit, it learns, mistakes are one line (tests of faults: test_faults.py)."""
+
 import json
 import os
 from contextlib import nullcontext
@@ -34,13 +35,20 @@ def assert_same(a, b, path="", **tolerance):
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for name in a:
-            if name not in ("out_dir", "workers", "log_every", "save_every"):  # which change nothing
+            if name not in (
+                "out_dir",
+                "workers",
+                "log_every",
+                "save_every",
+            ):  # which change nothing
                 assert_same(a[name], b[name], f"{path}/{name}", **tolerance)
     elif isinstance(a, (list, tuple)):
         for i, pair in enumerate(zip(a, b, strict=True)):
             assert_same(*pair, f"{path}/{i}", **tolerance)
     elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, msg=path, equal_nan=False, **(tolerance or dict(rtol=0, atol=0)))
+        torch.testing.assert_close(
+            a, b, msg=path, equal_nan=False, **(tolerance or dict(rtol=0, atol=0))
+        )
     else:
         assert a == b or tolerance, path
 
@@ -51,11 +59,22 @@ def assert_same(a, b, path="", **tolerance):
 def test_schedules_at_their_ends():
     config = tiny_config(epochs=20, warmup_epochs=5, lr=1e-3, batch_size=512, min_lr=1e-6)
     lr = [train.learning_rate(step, config, 10) for step in range(200)]
-    assert lr[0] == 0 and lr[50] == pytest.approx(2e-3) and lr[199] == pytest.approx(1e-6) and max(lr) == lr[50]
+    assert (
+        lr[0] == 0
+        and lr[50] == pytest.approx(2e-3)
+        and lr[199] == pytest.approx(1e-6)
+        and max(lr) == lr[50]
+    )
     assert lr[25] == pytest.approx(1e-3) and lr[124] + lr[125] == pytest.approx(2e-3 + 1e-6)
-    assert train.cosine(0, 0.996, 1, 100) == 0.996 and train.cosine(99, 0.996, 1, 100) == 1 and train.cosine(33, 0.04, 0.4, 67) == pytest.approx(0.22)
+    assert (
+        train.cosine(0, 0.996, 1, 100) == 0.996
+        and train.cosine(99, 0.996, 1, 100) == 1
+        and train.cosine(33, 0.04, 0.4, 67) == pytest.approx(0.22)
+    )
     warm = tiny_config(teacher_temp=0.07, teacher_temp_start=0.03, teacher_temp_epochs=4)
-    assert [train.teacher_temperature(s, warm, 10) for s in (0, 20, 40, 90)] == pytest.approx([0.03, 0.05, 0.07, 0.07])
+    assert [train.teacher_temperature(s, warm, 10) for s in (0, 20, 40, 90)] == pytest.approx(
+        [0.03, 0.05, 0.07, 0.07]
+    )
     assert train.teacher_temperature(0, config, 10) == 0.04
 
 
@@ -63,25 +82,44 @@ def test_schedules_at_their_ends():
 def test_a_step_is_the_textbooks_step(folder, method):
     """Loss by the loop over pairs, AdamW, clip, EMA and centre written out; weights, teacher and centres agree after two steps."""
     from test_losses import CROSS_ENTROPY, DOT, textbook
-    config = tiny_config(method=method, drop_path=0.0, clip=0.05, freeze_last_layer=0, lam=0.01, warmup_epochs=0)
+
+    config = tiny_config(
+        method=method, drop_path=0.0, clip=0.05, freeze_last_layer=0, lam=0.01, warmup_epochs=0
+    )
     images = data.open_images(str(folder), "train")
     run, slow = train.make_run(config, 5, CPU), train.make_run(config, 5, CPU)
     student, teacher, centers = slow.network, slow.teacher, slow.centers
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in student.named_parameters()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in student.named_parameters()
+    }
     for step in range(2):
         batch = batch_of(images, config, step)
         got = train.train_step(run, step, *batch)
 
         views = augment_views(*batch, slow.recipe)
-        s, t = ([head.last_layer(unit) for head, unit in zip(net.heads.values(), net(seen))] for net, seen in ((student, views), (teacher, views[:1])))
+        s, t = (
+            [head.last_layer(unit) for head, unit in zip(net.heads.values(), net(seen))]
+            for net, seen in ((student, views), (teacher, views[:1]))
+        )
         loss = textbook(s[0], t[0], centers["ir"], 0.1, 0.04, CROSS_ENTROPY)
         if method == "clever":
-            norms = [sum((p**2).sum() for p in head.parameters()) for head in (student.head_ir, student.head_ef)]
-            loss = loss + textbook(s[1], t[1], centers["ef"], 0.1, 0.04, DOT) + 0.01 * (norms[1] - norms[0]).abs()
+            norms = [
+                sum((p**2).sum() for p in head.parameters())
+                for head in (student.head_ir, student.head_ef)
+            ]
+            loss = (
+                loss
+                + textbook(s[1], t[1], centers["ef"], 0.1, 0.04, DOT)
+                + 0.01 * (norms[1] - norms[0]).abs()
+            )
         student.zero_grad()
         loss.backward()
         torch.testing.assert_close(got["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
-        lr, decay, ema = train.learning_rate(step, config, 5), train.cosine(step, 0.04, 0.4, 10), train.cosine(step, 0.9, 1, 10)
+        lr, decay, ema = (
+            train.learning_rate(step, config, 5),
+            train.cosine(step, 0.04, 0.4, 10),
+            train.cosine(step, 0.9, 1, 10),
+        )
         with torch.no_grad():
             for name, p in student.named_parameters():
                 if not p.requires_grad:
@@ -90,23 +128,36 @@ def test_a_step_is_the_textbooks_step(folder, method):
                 m, v = moments[name]
                 m.mul_(0.9).add_(0.1 * g), v.mul_(0.999).add_(0.001 * g * g)
                 p.mul_(1 - lr * (decay if p.ndim > 1 else 0))
-                p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+                p.sub_(
+                    lr
+                    * (m / (1 - 0.9 ** (step + 1)))
+                    / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                )
             for p, q in zip(teacher.parameters(), student.parameters()):
                 p.copy_(ema * p + (1 - ema) * q)
             for head, logits in zip(centers, t):
                 centers[head].copy_(0.9 * centers[head] + 0.1 * logits.mean((0, 1)))
         # where a gradient all but vanishes, Adam turns rounding into a step of up to lr
-        assert_same(dict(run.network.state_dict()), dict(student.state_dict()), rtol=1e-3, atol=2e-5)
-        assert_same(dict(run.teacher.state_dict()), dict(teacher.state_dict()), rtol=1e-3, atol=2e-5)
+        assert_same(
+            dict(run.network.state_dict()), dict(student.state_dict()), rtol=1e-3, atol=2e-5
+        )
+        assert_same(
+            dict(run.teacher.state_dict()), dict(teacher.state_dict()), rtol=1e-3, atol=2e-5
+        )
         assert_same(run.centers, centers, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_layer_stands_still_at_first_and_teacher_needs_no_gradient(folder):
     config = tiny_config(freeze_last_layer=1, warmup_epochs=0)
     run = train.make_run(config, 1, CPU)
-    before = run.network.head_ef.last_layer.weight_v.clone(), run.network.head_ef.mlp[0].weight.clone()
+    before = (
+        run.network.head_ef.last_layer.weight_v.clone(),
+        run.network.head_ef.mlp[0].weight.clone(),
+    )
     train.train_step(run, 0, *batch_of(data.open_images(str(folder), "train"), config))
-    assert torch.equal(before[0], run.network.head_ef.last_layer.weight_v) and not torch.equal(before[1], run.network.head_ef.mlp[0].weight)
+    assert torch.equal(before[0], run.network.head_ef.last_layer.weight_v) and not torch.equal(
+        before[1], run.network.head_ef.mlp[0].weight
+    )
     assert not any(p.requires_grad for p in run.teacher.parameters())
     train.train_step(run, 1, *batch_of(data.open_images(str(folder), "train"), config))
     assert not torch.equal(before[0], run.network.head_ef.last_layer.weight_v)
@@ -116,12 +167,22 @@ def test_accumulation_is_the_whole_batch(folder):
     images = data.open_images(str(folder), "train")
     results = []
     for at_once in (16, 4):
-        config = tiny_config(max_batch_per_gpu=at_once, freeze_last_layer=0, drop_path=0.3, warmup_epochs=0, optimizer="sgd", lr=0.1)
+        config = tiny_config(
+            max_batch_per_gpu=at_once,
+            freeze_last_layer=0,
+            drop_path=0.3,
+            warmup_epochs=0,
+            optimizer="sgd",
+            lr=0.1,
+        )
         run = train.make_run(config, 5, CPU)
         terms = train.train_step(run, 0, *batch_of(images, config))
         results.append((terms, dict(run.network.state_dict()), run.centers))
     assert_same(results[0], results[1], rtol=1e-4, atol=1e-6)
-    assert [train.micro_batch(share, tiny_config(max_batch_per_gpu=most)) for share, most in ((16, 5), (12, 5), (7, 3), (8, 99))] == [4, 4, 1, 8]
+    assert [
+        train.micro_batch(share, tiny_config(max_batch_per_gpu=most))
+        for share, most in ((16, 5), (12, 5), (7, 3), (8, 99))
+    ] == [4, 4, 1, 8]
 
 
 def test_regularised_parameters_are_the_matrices():
@@ -144,13 +205,19 @@ def test_bfloat16_step_is_close_to_float32(folder):
 
 def test_compiled_step_is_the_eager_step(folder):
     import shutil
+
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
     images, terms = data.open_images(str(folder), "train"), []
     for compiled in (False, True):
         config = tiny_config(compile=compiled, warmup_epochs=0)
         run = train.make_run(config, 5, CPU)
-        terms.append([train.train_step(run, step, *batch_of(images, config, step))["loss"] for step in range(2)])
+        terms.append(
+            [
+                train.train_step(run, step, *batch_of(images, config, step))["loss"]
+                for step in range(2)
+            ]
+        )
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-4, atol=1e-4)
 
 
@@ -158,15 +225,22 @@ def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
     """Six graphs: the student's at two resolutions and the teacher's at one, and each again for the last block, which computes CLS alone. Not one a
     block, which would compile for minutes."""
     from torch._dynamo.testing import CompileCounter
+
     counter, compile_module = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=counter, **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compile_module(module, backend=counter, **options),
+    )
     torch._dynamo.reset()
     config = tiny_config(compile=True, drop_path=0.3)
     run = train.make_run(config, 5, CPU)
     for step in range(2):
         train.train_step(run, step, *batch_of(data.open_images(str(folder), "train"), config, step))
     train.evaluate(run, data.open_images(str(folder), "train"), None, 0)
-    assert len(run.network.backbone.blocks) == 6 and counter.frame_count == 6  # none for the evaluation
+    assert (
+        len(run.network.backbone.blocks) == 6 and counter.frame_count == 6
+    )  # none for the evaluation
     assert train.make_run(tiny_config(), 5, CPU).config.compile is False  # the CPU's default
 
 
@@ -182,9 +256,16 @@ def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails, sca
     def keep(graph, _):
         return make_boxed_func(graph.forward)
 
-    backend = aot_autograd(fw_compiler=refuse if fails == "forward" else keep, bw_compiler=refuse if fails == "backward" else keep)
+    backend = aot_autograd(
+        fw_compiler=refuse if fails == "forward" else keep,
+        bw_compiler=refuse if fails == "backward" else keep,
+    )
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compile_module(module, backend=backend, **options),
+    )
     images, config, terms = data.open_images(str(folder), "train"), tiny_config(compile=True), []
     try:
         for wanted in (True, False):
@@ -195,28 +276,51 @@ def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails, sca
                 terms.append(train.train_step(run, 0, *batch_of(images, config))["loss"])
     finally:
         train.go_on_uncompiled(False), torch._dynamo.reset()
-    eager = train.train_step(train.make_run(tiny_config(), 5, CPU), 0, *batch_of(images, config))["loss"]
+    eager = train.train_step(train.make_run(tiny_config(), 5, CPU), 0, *batch_of(images, config))[
+        "loss"
+    ]
     assert len(terms) == 1 and torch.equal(terms[0], eager)
 
 
 # ------------------------------------------------------------------------------------------------ processes
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(method="dino"), dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005),
-                                   dict(method="simsiam", local_crops=0), dict(method="ddcl", local_crops=0, orth="cosine", lam=0.01)],
-                         ids=["vit", "vit dino", "resnet with synchronised batch norm", "vit simsiam", "vit ddcl"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(),
+        dict(method="dino"),
+        dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005),
+        dict(method="simsiam", local_crops=0),
+        dict(method="ddcl", local_crops=0, orth="cosine", lam=0.01),
+    ],
+    ids=["vit", "vit dino", "resnet with synchronised batch norm", "vit simsiam", "vit ddcl"],
+)
 def test_two_processes_are_one(folder, tmp_path, knobs):
     # SGD: Adam's first steps are signs of gradients, which turn rounding into differences of the size of a step
-    common = dict(data=folder, epochs=1, warmup_epochs=0, optimizer="sgd", freeze_last_layer=0, **{"lr": 0.02, **knobs})
+    common = dict(
+        data=folder,
+        epochs=1,
+        warmup_epochs=0,
+        optimizer="sgd",
+        freeze_last_layer=0,
+        **{"lr": 0.02, **knobs},
+    )
     for processes in (1, 2):
-        run_script("train.py", *arguments(out_dir=tmp_path / str(processes), **common), processes=processes)
+        run_script(
+            "train.py", *arguments(out_dir=tmp_path / str(processes), **common), processes=processes
+        )
     one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
     assert len(one) == 5
-    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5, abs=3e-6)  # logged to six digits
+    assert list(two.values()) == pytest.approx(
+        list(one.values()), rel=1e-5, abs=3e-6
+    )  # logged to six digits
     for name in ("student", "teacher", "centers"):
         assert_same(state(tmp_path / "1")[name], state(tmp_path / "2")[name], rtol=1e-3, atol=2e-5)
     judged = [logged(tmp_path / p, "knn_full") for p in "12"]
-    assert len(judged[0]) == 1 and list(judged[0].values()) == pytest.approx(list(judged[1].values()), abs=5)
+    assert len(judged[0]) == 1 and list(judged[0].values()) == pytest.approx(
+        list(judged[1].values()), abs=5
+    )
 
 
 @pytest.mark.parametrize("method", ["simsiam", "ddcl"])
@@ -231,23 +335,44 @@ def test_a_run_of_two_views_continues_bit_for_bit(folder, tmp_path, method):
     assert train.restore(again, len(images)) == 1
     for run in (whole, again):
         terms = train.train_step(run, 1, *batch_of(images, config, 1))
-    assert set(terms) == ({"loss", "L_CL"} if method == "simsiam" else {"loss", "L_CL", "L_Orth", "L_PReg"})
+    assert set(terms) == (
+        {"loss", "L_CL"} if method == "simsiam" else {"loss", "L_CL", "L_Orth", "L_PReg"}
+    )
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[name]), name
 
 
 def test_simsiam_needs_its_stop_gradient(folder, monkeypatch):
     """Its projections stay apart with the stop-gradient and fall onto one direction without it (batch norm forbids a single point)."""
-    config = tiny_config(method="simsiam", local_crops=0, warmup_epochs=0, optimizer="sgd", lr=0.8, clip=0.0, weight_decay=0.0, weight_decay_end=0.0, epochs=12, head_hidden=64)
+    config = tiny_config(
+        method="simsiam",
+        local_crops=0,
+        warmup_epochs=0,
+        optimizer="sgd",
+        lr=0.8,
+        clip=0.0,
+        weight_decay=0.0,
+        weight_decay_end=0.0,
+        epochs=12,
+        head_hidden=64,
+    )
     images, spread = data.open_images(str(folder), "train"), {}
     for stops in (True, False):
         if not stops:
-            monkeypatch.setattr(losses, "simsiam_loss", lambda predictions, projections: -torch.cosine_similarity(predictions, projections.flip(0), dim=-1).mean())
+            monkeypatch.setattr(
+                losses,
+                "simsiam_loss",
+                lambda predictions, projections: (
+                    -torch.cosine_similarity(predictions, projections.flip(0), dim=-1).mean()
+                ),
+            )
         run = train.make_run(config, 5, CPU)
         for step in range(60):
             terms = train.train_step(run, step, *batch_of(images, config, step))
         spread[stops] = train.collapse_watch(run, images)["rank_proj_ir"], terms["L_CL"].item()
-    assert spread[False][0] < 1.5 < 2 < spread[True][0] and spread[False][1] < spread[True][1], spread
+    assert spread[False][0] < 1.5 < 2 < spread[True][0] and spread[False][1] < spread[True][1], (
+        spread
+    )
 
 
 def test_the_collapse_watch_takes_lengths_and_directions_apart(folder):
@@ -256,26 +381,50 @@ def test_the_collapse_watch_takes_lengths_and_directions_apart(folder):
         run = train.make_run(tiny_config(method=method, **more), 5, CPU)
         before = {name: value.clone() for name, value in run.network.state_dict().items()}
         first = train.collapse_watch(run, images)
-        assert all(torch.equal(value, before[name]) for name, value in run.network.state_dict().items())  # it only looks
-        assert {"norm_ir", "std_proj_ir", "rank_proj_ir", "cos_ir"} <= set(first) and ("dot_ef" in first) == (method != "dino")
-    shrunk, turned = {**first, "dot_ef": 0.01, "lengths_ef": 0.1}, {"dot_ef": 0.01, "lengths_ef": 1.0}
+        assert all(
+            torch.equal(value, before[name]) for name, value in run.network.state_dict().items()
+        )  # it only looks
+        assert {"norm_ir", "std_proj_ir", "rank_proj_ir", "cos_ir"} <= set(first) and (
+            "dot_ef" in first
+        ) == (method != "dino")
+    shrunk, turned = (
+        {**first, "dot_ef": 0.01, "lengths_ef": 0.1},
+        {"dot_ef": 0.01, "lengths_ef": 1.0},
+    )
     start = {"dot_ef": 0.1, "lengths_ef": 1.0}
-    assert train.share_of_lengths(start, shrunk) == pytest.approx(1) and train.share_of_lengths(start, turned) == 0
-    assert train.share_of_lengths(start, start) != train.share_of_lengths(start, start)  # nan: nothing has fallen
+    assert (
+        train.share_of_lengths(start, shrunk) == pytest.approx(1)
+        and train.share_of_lengths(start, turned) == 0
+    )
+    assert train.share_of_lengths(start, start) != train.share_of_lengths(
+        start, start
+    )  # nan: nothing has fallen
 
 
 def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, tmp_path):
     knobs = dict(data=folder, out_dir=tmp_path / "run")
     run_script("train.py", *arguments(**knobs))
     before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
-    assert set(before) - {".lock"} == {"ckpt.pt", "backbone.pt", "log.jsonl", "config.json", "views.png"}
+    assert set(before) - {".lock"} == {
+        "ckpt.pt",
+        "backbone.pt",
+        "log.jsonl",
+        "config.json",
+        "views.png",
+    }
     again = run_script("train.py", *arguments(**knobs, log_every=3))
     assert "is finished" in again.stdout
     other = run_script("train.py", *arguments(**knobs, seed=5), check=False)
-    assert other.returncode == 2 and other.stderr.count("\n") == 1 and "seed=0 there, 5 here" in other.stderr
+    assert (
+        other.returncode == 2
+        and other.stderr.count("\n") == 1
+        and "seed=0 there, 5 here" in other.stderr
+    )
     after = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
     assert after | {"config.json": 0} == before | {"config.json": 0}
-    (tmp_path / "run" / "ckpt.pt").unlink()  # also before the first checkpoint the folder belongs to its config
+    (
+        tmp_path / "run" / "ckpt.pt"
+    ).unlink()  # also before the first checkpoint the folder belongs to its config
     assert "seed=0 there" in run_script("train.py", *arguments(**knobs, seed=5), check=False).stderr
 
 
@@ -296,6 +445,7 @@ def test_weights_that_are_not_finite_never_replace_the_good_checkpoint(folder, t
 
 def test_backbone_file_is_torchvisions(tmp_path):
     import torchvision
+
     run = train.make_run(tiny_config(arch="resnet18", out_dir=str(tmp_path)), 5, CPU)
     train.save(run, 1, 80)
     theirs = torchvision.models.resnet18()
@@ -307,7 +457,10 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
     run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a"))
     config = tiny_config(init_from=str(tmp_path / "a" / "backbone.pt"), seed=9)
     run = train.make_run(config, 5, CPU)
-    assert_same(dict(run.network.backbone.state_dict()), torch.load(tmp_path / "a" / "backbone.pt", weights_only=True))
+    assert_same(
+        dict(run.network.backbone.state_dict()),
+        torch.load(tmp_path / "a" / "backbone.pt", weights_only=True),
+    )
     assert_same(dict(run.teacher.state_dict()), dict(run.network.state_dict()))
 
 
@@ -316,7 +469,16 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
 
 def test_it_learns(tmp_path):
     """A minute's training on the built-in data: the probe of the class must clearly beat the untrained backbone's, and so must kNN."""
-    run_script("train.py", "configs/demo.py", "--epochs=4", f"--out_dir={tmp_path}", "--workers=0", "--eval_every=0", timeout=1800, OMP_NUM_THREADS=str(os.cpu_count()))
+    run_script(
+        "train.py",
+        "configs/demo.py",
+        "--epochs=4",
+        f"--out_dir={tmp_path}",
+        "--workers=0",
+        "--eval_every=0",
+        timeout=1800,
+        OMP_NUM_THREADS=str(os.cpu_count()),
+    )
     [result] = json.loads((tmp_path / "results.json").read_text())
     value = {(row["row"], row["part"], row["metric"]): row["value"] for row in result["rows"]}
     assert value["clever", "full", "class"] > value["untrained", "full", "class"] + 8
@@ -325,61 +487,125 @@ def test_it_learns(tmp_path):
 
 def test_without_arguments_it_says_what_it_is():
     done = run_script("train.py")
-    assert "CLeVER" in done.stdout and "configs/demo.py" in done.stdout and "configs/in100_clever.py" in done.stdout
+    assert (
+        "CLeVER" in done.stdout
+        and "configs/demo.py" in done.stdout
+        and "configs/in100_clever.py" in done.stdout
+    )
     assert "--ratio=0.8" in run_script("train.py", "--help").stdout
 
 
-@pytest.mark.parametrize("knobs, message", [
-    (dict(lrr=1), "did you mean 'lr'"),
-    (dict(data="/nowhere"), "no such folder"),
-    (dict(patch_size=12), "not a multiple of patch_size=12"),
-    (dict(local_size=20), "local_size=20 is not a multiple"),
-    (dict(arch="vit_tyni"), "did you mean 'vit_tiny'"),
-    (dict(batch_size=800), "batch_size=800 exceeds the 80 images"),
-    (dict(device="cuda") if not torch.cuda.is_available() else dict(device="gpu"), "device=cuda: torch sees no GPU" if not torch.cuda.is_available() else "choose from"),
-    (dict(init_from="/nowhere.pt"), "No such file"),
-    (dict(ratio=0.001), "leaves one part"),
-    (dict(out_dir="/proc/nowhere"), "out_dir=/proc/nowhere"),
-])
+@pytest.mark.parametrize(
+    "knobs, message",
+    [
+        (dict(lrr=1), "did you mean 'lr'"),
+        (dict(data="/nowhere"), "no such folder"),
+        (dict(patch_size=12), "not a multiple of patch_size=12"),
+        (dict(local_size=20), "local_size=20 is not a multiple"),
+        (dict(arch="vit_tyni"), "did you mean 'vit_tiny'"),
+        (dict(batch_size=800), "batch_size=800 exceeds the 80 images"),
+        (
+            dict(device="cuda") if not torch.cuda.is_available() else dict(device="gpu"),
+            "device=cuda: torch sees no GPU" if not torch.cuda.is_available() else "choose from",
+        ),
+        (dict(init_from="/nowhere.pt"), "No such file"),
+        (dict(ratio=0.001), "leaves one part"),
+        (dict(out_dir="/proc/nowhere"), "out_dir=/proc/nowhere"),
+    ],
+)
 def test_mistakes_are_one_line_exit_code_2_and_nothing_written(folder, tmp_path, knobs, message):
     out = tmp_path / "out"
-    done = run_script("train.py", *arguments(**{"data": folder, "out_dir": out, **knobs}), check=False)
+    done = run_script(
+        "train.py", *arguments(**{"data": folder, "out_dir": out, **knobs}), check=False
+    )
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert (
+        message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    )
     assert not out.exists()
 
 
 def test_more_ranks_than_the_batch_divides_into_is_one_line_a_rank(folder, tmp_path):
-    done = run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "out", batch_size=15), processes=2, check=False)
-    assert done.returncode != 0 and "batch_size=15 does not divide among 2 ranks: take 16" in done.stderr and not (tmp_path / "out").exists()
+    done = run_script(
+        "train.py",
+        *arguments(data=folder, out_dir=tmp_path / "out", batch_size=15),
+        processes=2,
+        check=False,
+    )
+    assert (
+        done.returncode != 0
+        and "batch_size=15 does not divide among 2 ranks: take 16" in done.stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_unlabelled_images_train(folder, tmp_path):
-    done = run_script("train.py", *arguments(data=folder / "train" / "key", out_dir=tmp_path, batch_size=8, epochs=2))
-    assert "no labels" in done.stdout and logged(tmp_path, "rank_full") and not logged(tmp_path, "knn_full")
+    done = run_script(
+        "train.py",
+        *arguments(data=folder / "train" / "key", out_dir=tmp_path, batch_size=8, epochs=2),
+    )
+    assert (
+        "no labels" in done.stdout
+        and logged(tmp_path, "rank_full")
+        and not logged(tmp_path, "knn_full")
+    )
 
 
 def test_collapse_is_said_in_plain_words():
     config = tiny_config()
-    assert not list(train.collapse_warnings(dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=30, norm_ef=25), config))
-    assert not list(train.collapse_warnings(dict(H_ir=1.0, std_full=0.9, rank_full=20, norm_ir=30), config))  # DINO has no ef head
-    said = list(train.collapse_warnings(dict(H_ef=4.158, std_ir=0.01, rank_ir=1.01, norm_ir=30.0, norm_ef=0.1), config))
-    assert len(said) == 3 and "ef output is all but uniform" in said[0] and "ir part has collapsed" in said[1] and "shrunk" in said[2]
+    assert not list(
+        train.collapse_warnings(
+            dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=30, norm_ef=25), config
+        )
+    )
+    assert not list(
+        train.collapse_warnings(dict(H_ir=1.0, std_full=0.9, rank_full=20, norm_ir=30), config)
+    )  # DINO has no ef head
+    said = list(
+        train.collapse_warnings(
+            dict(H_ef=4.158, std_ir=0.01, rank_ir=1.01, norm_ir=30.0, norm_ef=0.1), config
+        )
+    )
+    assert (
+        len(said) == 3
+        and "ef output is all but uniform" in said[0]
+        and "ir part has collapsed" in said[1]
+        and "shrunk" in said[2]
+    )
 
 
 @pytest.mark.gpu
 def test_a_gpu_step_is_the_cpu_step(folder):
     images, config = data.open_images(str(folder), "train"), tiny_config()
-    terms = [train.train_step(train.make_run(tiny_config(device=str(d.type)), 5, d), 0, *batch_of(images, config))["loss"].cpu()
-             for d in (CPU, torch.device("cuda", 0))]
+    terms = [
+        train.train_step(
+            train.make_run(tiny_config(device=str(d.type)), 5, d), 0, *batch_of(images, config)
+        )["loss"].cpu()
+        for d in (CPU, torch.device("cuda", 0))
+    ]
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
 def test_views_made_beside_the_step_before_are_the_same_views(folder):
     """Were their memory taken too early, some of many steps that never wait would see other views than steps that always do."""
-    images, config, device = data.open_images(str(folder), "train"), tiny_config(compile=False, precision="fp32", lr=0.0, min_lr=0.0, weight_decay=0.0, weight_decay_end=0.0), torch.device("cuda", 0)
-    batches, losses = [[tensor.pin_memory() for tensor in batch_of(images, config, step)] for step in range(5)] * 20, []
+    images, config, device = (
+        data.open_images(str(folder), "train"),
+        tiny_config(
+            compile=False,
+            precision="fp32",
+            lr=0.0,
+            min_lr=0.0,
+            weight_decay=0.0,
+            weight_decay_end=0.0,
+        ),
+        torch.device("cuda", 0),
+    )
+    batches, losses = (
+        [[tensor.pin_memory() for tensor in batch_of(images, config, step)] for step in range(5)]
+        * 20,
+        [],
+    )
     for beside in (True, False):
         run = train.make_run(config, 100, device)
         assert run.side_stream is not None
@@ -387,7 +613,9 @@ def test_views_made_beside_the_step_before_are_the_same_views(folder):
         losses.append([])
         for step, batch in enumerate(batches):
             if beside:
-                torch.cuda._sleep(10_000_000)  # some milliseconds: so the card is behind, as it is with larger networks
+                torch.cuda._sleep(
+                    10_000_000
+                )  # some milliseconds: so the card is behind, as it is with larger networks
             losses[-1].append(train.train_step(run, step, *batch)["L_CL"])
             if not beside:
                 torch.cuda.synchronize()
