@@ -1,4 +1,4 @@
-"""CLeVER with L_PReg: as collapse_ddcl.py but for the method and lambda.
+"""CLeVER with L_PReg: collapse_ddcl.py with another method and lambda.
 
 python train.py configs/collapse_clever.py
 """
@@ -6,5 +6,5 @@ python train.py configs/collapse_clever.py
 from configs.collapse_ddcl import *
 
 method = "clever"
-lam = 0.001
+lambda_preg = 0.001
 out_dir = "out/collapse_clever"

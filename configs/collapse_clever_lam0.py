@@ -1,4 +1,4 @@
-"""CLeVER without L_PReg: as collapse_ddcl.py but for the method.
+"""CLeVER without L_PReg: collapse_ddcl.py with another method.
 
 python train.py configs/collapse_clever_lam0.py
 """

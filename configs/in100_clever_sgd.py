@@ -1,8 +1,10 @@
-"""CLeVER on ImageNet-100 as the paper's text has it: SGD and 500 epochs, where the scripts (in100_clever.py) have AdamW and 200.
+"""CLeVER on ImageNet-100 as in the paper's text: SGD, 500 epochs.
 
     torchrun --nproc_per_node=4 train.py configs/in100_clever_sgd.py --data=/path/to/imagenet
 
-Hardware: the paper's 4 x A100, 3.5 h per 100 epochs with the authors' code. The paper's table for it is lost in our copy: no number to aim at.
+The published scripts (in100_clever.py) use AdamW and 200 epochs.
+Hardware: the authors' code takes 3.5 h per 100 epochs on 4 x A100.
+Target: none; our copy of the paper lacks the table.
 """
 
 data = "data/imagenet"

@@ -3,14 +3,15 @@
     torchrun --nproc_per_node=4 train.py configs/in100_clever_vmamba.py --data=/path/to/imagenet
     python eval_linear.py --ckpt=out/in100_clever_vmamba/ckpt.pt --data=/path/to/imagenet
 
-Expected (the authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 83.0 / 81.1; DINO 80.9 / 79.5. Hardware: 4 GPUs with 40 GB; hours not
-measured here yet. The teacher drops no path (the published scripts' did).
+Target (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 83.0 / 81.1; DINO 80.9 / 79.5.
+Hardware: 4 GPUs with 40 GB; the time is not yet measured.
+The teacher has no drop path (in the published scripts it had).
 """
 
 data = "data/imagenet"
 classes = "configs/in100_classes.txt"
 arch = "vmamba_tiny"
 recipe = "caug"
-epochs = 200  # the tables of the authors' README; the paper's text: 500
+epochs = 200  # the tables of the authors' README; the paper's text says 500
 batch_size = 512
 out_dir = "out/in100_clever_vmamba"

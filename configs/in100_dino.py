@@ -2,7 +2,9 @@
 
     torchrun --nproc_per_node=4 train.py configs/in100_dino.py --data=/path/to/imagenet
 
-Hardware and time as in100_clever.py. Aims at (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 73.2 / 71.0. Other backbones:
+Hardware and time: as in100_clever.py.
+Target (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 73.2 / 71.0.
+Other backbones and recipes:
     --arch=vit_tiny 66.2 / 62.6    --arch=resnet18 71.5 / 68.7    --arch=resnet50 78.4 / 76.4
     --recipe=baug (vit_small) 75.9 / 50.7
 """

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node=4 train.py configs/in1k_clever.py --data=/path/to/imagenet
 
-Hardware: 4 x A100; by the paper's 1,005 img/s on IN-100 about 35 h for 100 epochs with the authors' code; not yet measured with ours.
-The paper's table for it is lost in our copy, so no number to aim at; its text says that the gain over DINO is smaller than on IN-100, and larger
-with --recipe=caug+.
+Hardware: 4 x A100. At the paper's 1,005 img/s on IN-100 the authors' code takes about 35 h for 100
+epochs; ours is not yet measured.
+Target: none; our copy of the paper lacks the table. Its text says that the gain over DINO is
+smaller than on IN-100, and larger with --recipe=caug+.
 """
 
 data = "data/imagenet"
@@ -12,5 +13,5 @@ arch = "vit_small"
 recipe = "caug"
 epochs = 100
 batch_size = 512
-eval_every = 20  # a kNN over 1.28 M images takes its time
+eval_every = 20  # a kNN over 1.28 M images takes time
 out_dir = "out/in1k_clever"

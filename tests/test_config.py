@@ -1,13 +1,30 @@
-"""Knobs: typed, checked, parsed as literals; every mistake is one line with the cause and the mend."""
+"""Options: typed, checked, parsed as literals; every mistake is one line with its cause and fix."""
 
-import os
+import dataclasses
+import runpy
 import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
-from configurator import Config, UsageError, configure, knobs
+
+from lib.config import RENAMED, Config, EvalConfig, UsageError, check, configure, help_text, option
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CHOICES = dict(
+    method=("clever", "dino", "ddcl", "simsiam"),
+    orth={"dot": None, "cosine": None},
+    recipe=("baug", "caug", "caug+"),
+)
+DIGITS = "9" * 400
+
+
+def refusal(cls, *argv, **choices):
+    """Return the one line with which configure refuses argv."""
+    with pytest.raises(UsageError) as error:
+        configure(cls, list(map(str, argv)), **choices)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_defaults_file_and_command_line_override_in_this_order(tmp_path):
@@ -15,43 +32,39 @@ def test_defaults_file_and_command_line_override_in_this_order(tmp_path):
     path.write_text(
         "import math\n_private = 3\nlr = 1e-3\nepochs = 10 * 2\nglobal_scale = [0.3, 1]\n"
     )
+    argv = ["--epochs=30", "--method=dino", "--blur=False", "--local_scale=(0.1, 0.3)", "--alpha=2"]
+    config = configure(Config, [str(path), *argv])
+    assert (config.lr, config.epochs, config.method) == (1e-3, 30, "dino")
+    assert config.blur is False
+    assert config.alpha == 2.0
+    assert type(config.alpha) is float
+    assert config.global_scale == (0.3, 1)
+    assert config.local_scale == (0.1, 0.3)
+    assert config.out_dim_ef == config.out_dim
+    # the command line wins wherever it stands
+    assert configure(Config, ["--epochs=30", str(path)]).epochs == 30
+    # None, as --help shows it
+    assert configure(Config, ["--compile=True"]).compile is True
+    assert configure(Config, ["--compile=None"]).compile is None
+
+
+def test_a_value_may_stand_behind_a_space(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("epochs = 20\n")
     config = configure(
-        Config,
-        [
-            str(path),
-            "--epochs=30",
-            "--method=dino",
-            "--blur=False",
-            "--local_scale=(0.1, 0.3)",
-            "--alpha=2",
-        ],
+        Config, ["--alpha", "-2", str(path), "--data", "a b", "--blur", "False", "--lr=1e-3"]
     )
-    assert (config.lr, config.epochs, config.method, config.blur, config.alpha) == (
-        1e-3,
-        30,
-        "dino",
-        False,
-        2.0,
-    )
-    assert (
-        config.global_scale == (0.3, 1)
-        and config.local_scale == (0.1, 0.3)
-        and config.out_dim_ef == config.out_dim
-    )
-    assert (
-        configure(Config, ["--epochs=30", str(path)]).epochs == 30
-    )  # the command line wins wherever it stands
-    assert (
-        configure(Config, ["--compile=True"]).compile is True
-        and configure(Config, ["--compile=None"]).compile is None
-    )  # as --help shows it
+    assert (config.alpha, config.epochs, config.data, config.lr) == (-2.0, 20, "a b", 1e-3)
+    assert config.blur is False
+    assert configure(Config, ["--data="]).data == ""
+    assert configure(Config, ["--out_dir=--odd"]).out_dir == "--odd"
 
 
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--metod=dino", "unknown knob 'metod' (did you mean 'method'?)"),
-        ("--lam", "--lam=value"),
+        ("--metod=dino", "unknown option 'metod' (did you mean 'method'?)"),
+        ("--lambda_preg", "--lambda_preg=value"),
         ("epochs=3", "neither a config file"),
         ("--epochs=three", "must be of type int"),
         ("--epochs=3.5", "must be of type int"),
@@ -60,20 +73,82 @@ def test_defaults_file_and_command_line_override_in_this_order(tmp_path):
         ("--lr=nan", "must be of type float"),
         ("--lr=__import__('os').system('true')", "must be of type float"),
         ("--method=dinno", "choose from clever, dino, ddcl, simsiam (did you mean 'dino'?)"),
+        ("--orth=dott", "choose from dot, cosine (did you mean 'dot'?)"),
+        ("--cache=disk", "choose from off, ram"),
         ("--recipe=caug++", "did you mean 'caug+'?"),
-        ("--ratio=1.5", "must lie between"),
-        ("--batch_size=0", "must lie between"),
+        ("--ratio=1.5", "ratio=1.5: must be between 0.001 and 0.999"),
+        ("--batch_size=0", "must be between"),
+        ("--epochs=0", "epochs=0: must be between"),
+        ("--local_crops=81", "local_crops=81: must be between 0 and 80"),
         ("--local_scale=(0.5,)", "two shares"),
         ("--local_scale=(0.5, None)", "two shares"),
+        ("--local_scale=0.5", "several values"),
         ("--global_scale=(0.9, 0.1)", "0 < low <= high"),
         ("--epochs=5", "warmup_epochs"),
         ("nowhere.py", "No such file"),
     ],
 )
 def test_mistakes_are_one_line(argument, message):
-    with pytest.raises(UsageError) as error:
-        configure(Config, [argument])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refusal(Config, argument, **CHOICES)
+
+
+@pytest.mark.parametrize("name", ["lr", "alpha", "lambda_preg", "clip_grad", "freeze_last_layer"])
+@pytest.mark.parametrize(
+    "value", ["1e309", "-1e309", DIGITS, "-" + DIGITS, "nan", "1" + DIGITS * 9]
+)
+def test_no_float_beyond_its_range(name, value, tmp_path):
+    line = refusal(Config, f"--{name}={value}")
+    assert line.startswith(f"{name}=")
+    assert len(line) < 200
+    (tmp_path / "c.py").write_text(f"{name} = {value if value != 'nan' else '1e309 - 1e309'}\n")
+    if len(value) < 4000:  # Python itself refuses more digits in a source file
+        assert refusal(Config, tmp_path / "c.py").startswith(f"{name}=")
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in dataclasses.fields(Config) if field.type is int]
+)
+def test_no_integer_beyond_64_bits(field, tmp_path):
+    for value in (DIGITS, str(2**63), "-1"):
+        assert refusal(Config, f"--{field.name}={value}").startswith(f"{field.name}=")
+    (tmp_path / "c.py").write_text(f"{field.name} = 10**5000\n")
+    assert refusal(Config, tmp_path / "c.py").startswith(f"{field.name}=")
+
+
+@pytest.mark.parametrize("method", ["simsiam", "ddcl"])
+def test_two_views_only(method):
+    assert "--local_crops=0" in refusal(Config, f"--method={method}")
+    assert configure(Config, [f"--method={method}", "--local_crops=0"]).local_crops == 0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lr"], "--lr: write it --lr=value"),
+        (["--blur", "--epochs=3"], "--blur: write it --blur=value"),
+        (["--lam"], "did you mean 'lambda_preg'?"),
+        (["a.py", "b.py"], "No such file"),
+    ],
+)
+def test_a_missing_value_is_one_line(argv, message):
+    assert message in refusal(Config, *argv)
+
+
+def test_one_config_file_per_run(tmp_path):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("lr = 1e-3\n")
+    assert "one config file per run" in refusal(Config, tmp_path / "a.py", tmp_path / "b.py")
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_the_old_names_are_refused_with_the_new_one(old, new, tmp_path):
+    cls = EvalConfig if new == "save_correct" else Config
+    message = f"unknown option {old!r} (did you mean {new!r}?)"
+    (tmp_path / "c.py").write_text(f"{old} = 0\n")
+    assert message in refusal(cls, f"--{old}=0")
+    assert message in refusal(cls, tmp_path / "c.py")
+    other = Config if cls is EvalConfig else EvalConfig
+    assert repr(new) not in refusal(other, f"--{old}=0")  # no such option there
 
 
 @pytest.mark.parametrize(
@@ -81,57 +156,72 @@ def test_mistakes_are_one_line(argument, message):
     [
         ("lr = ", "SyntaxError"),
         ("lr = 1 / 0", "ZeroDivisionError"),
-        ("learning_rate = 1", "unknown knob"),
+        ("open('nowhere')", "FileNotFoundError"),
+        ("learning_rate = 1", "unknown option"),
         ("lr = '1e-3'", "must be of type float"),
+        ("ratio = 1.5", "must be between"),
     ],
 )
 def test_a_config_file_with_a_mistake_is_one_line(tmp_path, source, message):
     (tmp_path / "c.py").write_text(source)
-    with pytest.raises(UsageError) as error:
-        configure(Config, [str(tmp_path / "c.py")])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refusal(Config, tmp_path / "c.py")
 
 
-def test_help_shows_every_knob_with_its_comment(capsys):
+def test_help_shows_every_option_with_its_text(capsys):
     with pytest.raises(SystemExit) as done:
-        configure(Config, ["--help"])
+        configure(Config, ["--lr=1", "--help"], **CHOICES)
     text = capsys.readouterr().out
-    assert done.value.code == 0 and text.strip() == knobs(Config).strip()
-    import dataclasses
-
+    assert done.value.code == 0
+    assert text.strip() == help_text(Config, **CHOICES).strip()
     for field in dataclasses.fields(Config):
         assert f"--{field.name}=" in text
+        assert field.metadata["help"]
     assert "linear scaling" in text
+    assert "(clever, dino, ddcl, simsiam)" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+    headings = [line for line in text.splitlines()[2:] if line and not line.startswith(" ")]
+    assert headings == ["network", "loss", "views", "data", "optimization", "machine", "output"]
 
 
-@pytest.mark.parametrize(
-    "end, code",
-    [
-        ("pass", 0),
-        ("raise UsageError('x')", 2),
-        ("raise KeyboardInterrupt", 130),
-        ("sys.exit(143)", 143),
-        ("1 / 0", 1),
-    ],
-)
-def test_a_rank_ends_though_a_thread_does_not(end, code):
-    """As a thread of communication that outlives its process group; Python itself would wait for this one for ever."""
-    program = f"""
-import atexit, sys, threading
-sys.path.insert(0, {str(ROOT)!r})
-from configurator import UsageError, exit_on_usage_error
-threading.Thread(target=threading.Event().wait).start()
-atexit.register(print, "cleared up", end="")
-with exit_on_usage_error():
-    print("worked", end=" ")
-    {end}
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "RANK": "0"},
-    )
-    assert done.returncode == code and done.stdout == "worked cleared up", done.stderr
-    assert ("ZeroDivisionError" in done.stderr) == (code == 1)
+def test_an_evaluation_extends_the_shared_options():
+    @dataclasses.dataclass
+    class Extended(EvalConfig):
+        """Options of a test."""
+
+        workers: int = option(2, "fewer", 0, 4)
+        size: int = option(0, "0: find out", 16, 64, group="data")
+        lrs: tuple = option((0.1, 1.0), "rates", 1e-9, 100, group="how")
+
+    config = configure(Extended, ["--ckpt=x", "--lrs=0.5,", "--size", "32"])
+    assert (config.ckpt, config.workers, config.lrs, config.size) == ("x", 2, (0.5,), 32)
+    assert Config().workers == EvalConfig().workers == 8
+    assert "workers=5: must be between 0 and 4" in refusal(Extended, "--workers=5")
+    assert "must be between" in refusal(Extended, "--size=8")
+    assert "must be between" in refusal(Extended, "--lrs=0.5,1e309")
+    assert "must be between" in refusal(Extended, "--lrs=0.5,'a'")
+    assert configure(Extended, ["--size=0"]).size == 0  # a default is always right
+    text = help_text(Extended)
+    assert text.index("--data_root=") < text.index("--size=") < text.index("machine\n")
+    assert text.index("\nhow\n") > text.index("\noutput\n")
+
+
+def test_check_refuses_a_config_made_by_hand():
+    check(Config(), **CHOICES)
+    for wrong in (dict(ratio=2.0), dict(method="dinno"), dict(cache="disk"), dict(lr=-1.0)):
+        with pytest.raises(UsageError):
+            check(Config(**wrong), **CHOICES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_are_valid_and_tell_how_to_run_them(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = configure(Config, [str(path)], **CHOICES)
+    assert config.out_dir == f"out/{path.stem}"
+    doc = runpy.run_path(str(path))["__doc__"]
+    assert f"configs/{path.name}" in doc or path.stem.startswith("collapse")
+
+
+def test_config_imports_no_project_module_and_no_torch():
+    code = "import sys; import lib.config; print(any(m == 'torch' for m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
