@@ -1,0 +1,162 @@
+"""The processes of a script: ranks and what they share, signals, and the way out."""
+
+import atexit
+import contextlib
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lib.config import UsageError
+from lib.processor import choose_device, choose_precision
+from lib.processor import keep_freed_memory as keep_freed_memory  # for callers of this module
+
+
+class Here(NamedTuple):
+    """Where this process runs: its rank, how many ranks there are, its device and precision."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: str  # 'bf16' or 'fp32': how the backbone computes
+    autocast: Callable  # () -> the context manager to compute in
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def join(device="auto", precision="auto"):
+    """Choose device and precision, join torchrun's process group if there is one -> Here."""
+    device = choose_device(device)
+    precision, autocast = choose_precision(precision, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if precision == "bf16":  # TF32 for what stays fp32: the logits of the prototypes
+            torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+            # On one machine torchrun keeps the store when it restarts the ranks. Without a prefix
+            # of their own the new ranks find the addresses of the dead ones.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return Here(*rank_and_world(), device, precision, autocast)
+
+
+def rank_and_world():
+    """Return this process's rank and the number of processes: (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@functools.cache
+def _host_group():
+    """Return a group of the hosts: no rank waits for its device. None: the default one, gloo."""
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+
+
+def mean_over_ranks(x):
+    """Average the tensor x over all ranks; without a process group return x itself."""
+    if not dist.is_initialized():
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+def broadcast(obj):
+    """Return rank 0's object (anything that pickles) on every rank."""
+    held = [obj]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held, src=0, group=_host_group())
+    return held[0]
+
+
+def wait_for_ranks():
+    """End a script: wait until every rank has come this far. The process group stays alive.
+
+    Destroyed here, it could hang: DistributedDataParallel, which holds the last reference to it,
+    keeps Python's lock at its own end while it waits for a communication thread, and that may want
+    the lock to drop a tensor. Two runs of some thousand hung. So run_main ends the process instead.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Note SIGTERM (Slurm, torchrun) and SIGINT (Ctrl-C) instead of dying -> pending.
+
+    pending() -> the signal that any rank received, 0 if none: the same answer on all ranks. It is a
+    collective: all ranks call it after the same step. A second signal of a kind ends the process at
+    once. When the block ends normally, the default handlers are back.
+    """
+    received = []
+
+    def note(number, _frame):
+        signal.signal(number, signal.SIG_DFL)
+        received.append(number)
+
+    def pending():
+        number = torch.tensor(received[0] if received else 0)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=_host_group())
+        return number.item()
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    yield pending
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave(number, message):
+    """Leave because of a signal, all ranks together: exit code 143 for SIGTERM, 130 for SIGINT."""
+    if rank_and_world()[0] == 0:
+        name = signal.Signals(number).name
+        print(f"stopped by {name} {message}", file=sys.stderr, flush=True)
+    wait_for_ranks()
+    sys.exit(128 + number)
+
+
+def run_main(main, when_interrupted="stopped", usage=""):
+    """Run main(sys.argv[1:]) and end the process; without arguments print the usage, if any.
+
+    A UsageError is one line on stderr and exit code 2, Ctrl-C is exit code 130.
+    A rank of torchrun skips Python's own clean-up. That can wait for ever for threads that still
+    hold tensors (PyTorch's issue 190489, wait_for_ranks), and the whole job with it.
+    """
+    code = 0
+    try:
+        if usage and not sys.argv[1:]:
+            print(usage)
+        else:
+            main(sys.argv[1:])
+    except UsageError as error:
+        # one that a loader's worker raised has a traceback in front
+        cause = str(error).strip().splitlines()[-1].removeprefix("lib.config.UsageError: ")
+        print(f"{os.path.basename(sys.argv[0])}: {cause}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        print(when_interrupted, file=sys.stderr, flush=True)
+        code = 130
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # torchrun's puts the rank before each line
+        code = 1
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # even if a pipe is closed
+        os._exit(code)
