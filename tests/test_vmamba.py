@@ -1,4 +1,4 @@
-"""The fast scans against the loop, SS2D against itself written out, the backbone against VMamba's published figures."""
+"""The fast scans against the loop, SS2D against VMamba's formula, the backbone's facts."""
 
 import math
 import os
@@ -9,16 +9,20 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HERE, ROOT, arguments, run_script, tiny_config
 
+import eval_linear
+import lib.scan_triton
+import train
 import vmamba
-from configurator import UsageError
-from conftest import ROOT
-from model import build_backbone, load_backbone, save_atomically
+from lib.config import UsageError
+from lib.weights import load_backbone, save_atomically
+from model import build_backbone
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
-def arguments(images, K, C, N, L, dtype=torch.float64, seed=0):
+def scan_inputs(images, K, C, N, L, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -49,25 +53,25 @@ def value_and_gradients(given, backend):
 @pytest.mark.parametrize("N", [1, 4])
 @pytest.mark.parametrize("L", [1, 2, 3, 7, 13, 49, 57, 64, 101])
 def test_torch_scan_is_the_loop(L, N):
-    given = arguments(2, 4, 3, N, L)
+    given = scan_inputs(2, 4, 3, N, L)
     for name, loop, fast in zip(
         ("y", *NAMES), value_and_gradients(given, "loop"), value_and_gradients(given, "torch")
     ):
-        torch.testing.assert_close(fast, loop, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(fast, loop, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("backend", ["loop", "torch"])
 @pytest.mark.parametrize("N, L", [(1, 1), (1, 7), (2, 5), (4, 3)])
 def test_gradients_are_the_finite_differences(backend, N, L):
     assert torch.autograd.gradcheck(
-        lambda *given: vmamba.selective_scan(*given, backend=backend), arguments(1, 2, 2, N, L)
+        lambda *given: vmamba.selective_scan(*given, backend=backend), scan_inputs(1, 2, 2, N, L)
     )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_single_and_half_precision_inputs(dtype, tolerance):
     """bf16 inputs are rounded, the scan is not: the oracle gets the same rounded inputs in fp64."""
-    given = arguments(2, 4, 8, 1, 121, dtype)
+    given = scan_inputs(2, 4, 8, 1, 121, dtype)
     exact = value_and_gradients([x.double() for x in given], "loop")
     for name, got, expected in zip(("y", *NAMES), value_and_gradients(given, "torch"), exact):
         assert got.dtype == dtype
@@ -76,7 +80,7 @@ def test_single_and_half_precision_inputs(dtype, tolerance):
 
 
 def test_extreme_steps_neither_overflow_nor_underflow_to_nan():
-    u, delta, A, B, C, D, bias = arguments(1, 4, 2, 1, 90, torch.float32)
+    u, delta, A, B, C, D, bias = scan_inputs(1, 4, 2, 1, 90, torch.float32)
     for d, a in ((50.0, -16.0), (-50.0, -16.0), (50.0, -1e-6), (0.0, -1e4)):
         given = [u, torch.full_like(delta, d), torch.full_like(A, a), B, C, D, bias]
         exact = value_and_gradients([x.double() for x in given], "loop")
@@ -87,14 +91,14 @@ def test_extreme_steps_neither_overflow_nor_underflow_to_nan():
 
 
 def test_memory_layout_changes_nothing():
-    given = arguments(2, 4, 3, 1, 36)
+    given = scan_inputs(2, 4, 3, 1, 36)
     last = [x.detach().mT.contiguous().mT.requires_grad_() if x.ndim == 3 else x for x in given]
     for a, b in zip(value_and_gradients(given, "torch"), value_and_gradients(last, "torch")):
         torch.testing.assert_close(a, b)
 
 
 def test_saved_tensors_are_at_most_twice_the_input():
-    given, saved = arguments(2, 4, 96, 1, 784, torch.float32), {}
+    given, saved = scan_inputs(2, 4, 96, 1, 784, torch.float32), {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
     ):
@@ -106,23 +110,27 @@ def test_saved_tensors_are_at_most_twice_the_input():
 def test_the_backend_is_chosen_once_and_refused_where_it_cannot_run(monkeypatch):
     cpu = torch.device("cpu")
     assert vmamba.choose_backend(cpu) == "torch" and vmamba.choose_backend(cpu, "loop") == "loop"
-    monkeypatch.setattr(vmamba, "default_backend", "loop")
+    monkeypatch.setattr(vmamba, "default_backend", None)
+    vmamba.set_backend("loop")
     assert vmamba.choose_backend(cpu) == "loop"
-    monkeypatch.setattr(vmamba, "triton", None)
-    with pytest.raises(UsageError, match="take --scan=torch"):
+    vmamba.set_backend("auto")
+    assert vmamba.choose_backend(cpu) == "torch"
+    monkeypatch.setattr(lib.scan_triton, "triton", None)
+    assert not lib.scan_triton.available(cpu)
+    with pytest.raises(UsageError, match="use --scan=torch"):
         vmamba.choose_backend(cpu, "triton")
     with pytest.raises(UsageError, match="choose from"):
         vmamba.choose_backend(cpu, "cuda")
 
 
 def compare_triton(device, dtype, tolerance, sizes):
-    """Both forms of the Triton scan against the loop; run by the two tests below."""
+    """Compare both forms of the Triton scan with the loop; run by the two tests below."""
     for images, C, N, H, W in sizes:
-        given = [
-            x.detach().to(device).requires_grad_() for x in arguments(images, 4, C, N, H * W, dtype)
-        ]
+        given = scan_inputs(images, 4, C, N, H * W, dtype)
+        given = [x.detach().to(device).requires_grad_() for x in given]
         exact = value_and_gradients([x.double() for x in given], "loop")
-        first, again = (value_and_gradients(given, "triton") for _ in range(2))
+        first = value_and_gradients(given, "triton")
+        again = value_and_gradients(given, "triton")
         for name, got, same, expected in zip(("y", *NAMES), first, again, exact):
             assert torch.equal(got, same), f"{name} differs from run to run"
             error = (got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
@@ -132,61 +140,105 @@ def compare_triton(device, dtype, tolerance, sizes):
         x = torch.randn(images, H, W, C, device=device)
         results = []
         for backend, autocast in (("triton", False), ("torch", False), ("triton", True)):
-            vmamba.default_backend, x_ = backend, x.clone().requires_grad_()
+            vmamba.set_backend(backend)
+            x_ = x.clone().requires_grad_()
             with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 y = module(x_)
             module.zero_grad()
             y.float().square().sum().backward()
-            results.append(
-                [y.detach().float(), x_.grad, *(p.grad.clone() for p in module.parameters())]
-            )
-        vmamba.default_backend = None
+            grads = [p.grad.clone() for p in module.parameters()]
+            results.append([y.detach().float(), x_.grad, *grads])
+        vmamba.set_backend("auto")
         for tolerated, got in ((10 * tolerance, results[0]), (0.1, results[2])):
             for a, expected in zip(got, results[1]):
                 error = (a - expected).norm() / expected.norm().clamp(min=1e-3)
                 assert error < tolerated, (C, N, H, W, error)
 
 
-def test_triton_kernels_in_the_interpreter():
-    """In a process of its own, for Triton decides at import whether it interprets. Small tiles, so that chunks and blocks of channels meet."""
-    pytest.importorskip("triton", reason="Triton is not installed here")
-    code = (
-        "import torch, vmamba, test_vmamba; vmamba.CHUNK, vmamba.BLOCK_C = 8, 4; "
-        "test_vmamba.compare_triton('cpu', torch.float32, 1e-4, [(1, 3, 2, 5, 3), (1, 5, 1, 3, 7), (1, 2, 1, 1, 1)]); "
-        "vmamba.CHUNK, vmamba.BLOCK_C = 64, 32; test_vmamba.compare_triton('cpu', torch.float32, 1e-4, [(1, 33, 1, 11, 6)])"
-    )  # the tile that is shipped
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        },
-    )
+def run_python(code, **environment):
+    """Run code that may import the project and its tests, in a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_triton_kernels_in_the_interpreter():
+    """Small tiles, so that chunks and blocks of channels meet; then the tile that is shipped.
+
+    In a process of its own, for Triton decides at import whether it interprets.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    code = """
+import torch, lib.scan_triton as kernels
+from test_vmamba import compare_triton
+kernels.CHUNK, kernels.BLOCK_C = 8, 4
+compare_triton("cpu", torch.float32, 1e-4, [(1, 3, 2, 5, 3), (1, 5, 1, 3, 7), (1, 2, 1, 1, 1)])
+kernels.CHUNK, kernels.BLOCK_C = 64, 32
+compare_triton("cpu", torch.float32, 1e-4, [(1, 33, 1, 11, 6)])
+"""
+    run_python(code, TRITON_INTERPRET="1")
+
+
+class Compiler:
+    """Stand in for a Triton kernel: compile it for the arguments of a launch, do not run it."""
+
+    compiled = 0
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*given, **constants):
+            binary = self.kernel.warmup(*given, grid=grid, **constants).asm["cubin"]
+            Compiler.compiled += len(binary) > 0
+
+        return launch
+
+
+def compile_triton(capability):
+    """Compile the kernels for a GPU that is not there: a small tile with N = 2, the shipped one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    no_gpu = types.SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(no_gpu)
+    vmamba.available = lambda device: True
+    for name in ("_scan_forward", "_scan_adjoint", "_scan_backward"):
+        setattr(lib.scan_triton, name, Compiler(getattr(lib.scan_triton, name)))
+    tile = lib.scan_triton.CHUNK, lib.scan_triton.BLOCK_C
+    lib.scan_triton.CHUNK, lib.scan_triton.BLOCK_C = 8, 8
+    given = scan_inputs(2, 4, 24, 2, 15, torch.bfloat16)
+    vmamba.selective_scan(*given, backend="triton").sum().backward()
+    assert Compiler.compiled == 3 * 2
+    lib.scan_triton.CHUNK, lib.scan_triton.BLOCK_C = tile
+    vmamba.set_backend("triton")
+    vmamba.SS2D(24, 1.0)(torch.randn(2, 3, 5, 24)).sum().backward()
+    assert Compiler.compiled == 3 * 2 + 3
+
+
+def test_triton_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter accepts what the compiler refuses, as a variable that changes its type."""
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    code = "import torch; torch.cuda.is_available = lambda: True; "  # else Triton is not imported
+    code += "import test_vmamba; test_vmamba.compile_triton(80)"
+    run_python(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_triton_kernels_on_the_gpu(dtype, tolerance):
-    compare_triton(
-        "cuda",
-        dtype,
-        tolerance,
-        [
-            (2, 96, 1, 56, 56),
-            (2, 100, 1, 13, 7),
-            (1, 33, 4, 5, 5),
-            (3, 64, 1, 1, 1),
-            (1, 768, 1, 7, 7),
-        ],
-    )
+    sizes = [(2, 96, 1, 56, 56), (2, 100, 1, 13, 7), (1, 33, 4, 5, 5), (3, 64, 1, 1, 1)]
+    sizes.append((1, 768, 1, 7, 7))
+    compare_triton("cuda", dtype, tolerance, sizes)
 
 
-# ------------------------------------------------------------------------------------------------ SS2D and the backbone
+# --- SS2D and the backbone ------------------------------------------------------------------------
 
 
 def test_the_four_orders_are_rows_columns_and_both_backwards():
@@ -204,9 +256,10 @@ def test_the_four_orders_are_rows_columns_and_both_backwards():
 
 @pytest.mark.parametrize("N", [1, 2])
 def test_ss2d_is_vmambas_formula_in_its_own_order_of_operations(N, monkeypatch):
-    """Oracle: channels first, four copies of the map, the projections after them, as VMamba writes it; the scan by the loop."""
+    """Oracle: channels first, four copies of the map, the projections after them, the loop."""
     torch.manual_seed(0)
-    module, H, W = vmamba.SS2D(16, 2.0, N).double(), 4, 6
+    module = vmamba.SS2D(16, 2.0, N).double()
+    H, W = 4, 6
     x = torch.randn(2, H, W, 16, dtype=torch.float64)
     u = F.silu(module.conv2d(module.in_proj(x).permute(0, 3, 1, 2)))  # (B, C, H, W)
     two = torch.stack([u.flatten(2), u.mT.flatten(2)], 1)
@@ -235,10 +288,8 @@ def test_tiny_has_the_published_size_and_cost():
     from torch.utils.flop_counter import FlopCounterMode
 
     backbone = build_backbone("vmamba_tiny").eval()
-    assert (
-        sum(p.numel() for p in backbone.parameters()) == pytest.approx(29.48e6, rel=1e-3)
-        and backbone.dim == 768
-    )
+    assert sum(p.numel() for p in backbone.parameters()) == pytest.approx(29.48e6, rel=1e-3)
+    assert backbone.dim == 768
     keys = set(backbone.state_dict())
     assert {
         "patch_embed.7.weight",
@@ -252,9 +303,8 @@ def test_tiny_has_the_published_size_and_cost():
     assert not any("conv2d.bias" in key or "in_proj.bias" in key or "head" in key for key in keys)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         backbone(torch.randn(1, 3, 224, 224))
-    assert counted.get_total_flops() / 2e9 == pytest.approx(
-        4.84, rel=0.01
-    )  # the published figure counts the scans too
+    # the published figure counts the scans too
+    assert counted.get_total_flops() / 2e9 == pytest.approx(4.84, rel=0.01)
 
 
 def test_any_size_its_patch_divides_and_no_other():
@@ -267,79 +317,87 @@ def test_any_size_its_patch_divides_and_no_other():
             assert z.shape == (2, 256)
             torch.testing.assert_close(backbone(x.contiguous(memory_format=torch.channels_last)), z)
             assert backbone.feature_map(x).shape == (2, math.ceil(H / 32), math.ceil(W / 32), 256)
-    with pytest.raises(UsageError, match="patch of 4"):
+    with pytest.raises(UsageError, match="sides must be multiples of 4"):
         backbone(torch.randn(1, 3, 50, 64))
 
 
-def test_paths_drop_in_the_student_only():
+def test_drop_path_scales_the_branches_of_each_block():
     torch.manual_seed(0)
-    backbone, x = build_backbone("vmamba_micro", drop_path=0.5), torch.randn(2, 3, 32, 32)
-    kept, dropped = torch.ones(2, 5, 2), torch.zeros(2, 5, 2)
-    assert (
-        not torch.allclose(backbone(x, dropped), backbone(x))
-        and torch.equal(backbone(x), backbone(x))
-        and len(backbone.blocks) == 5
-    )
-    scaled = build_backbone("vmamba_micro", drop_path=0.0)
-    scaled.load_state_dict(backbone.state_dict())
-    torch.testing.assert_close(
-        scaled(x, kept), backbone(x)
-    )  # a rate of 0 drops nothing and scales nothing
-    half = torch.stack([kept[0], dropped[0]])
-    torch.testing.assert_close(
-        backbone(x, half)[0], backbone(x, kept)[0]
-    )  # a sample's draws are its own
+    backbone = build_backbone("vmamba_micro", drop_path=0.5)
+    x = torch.randn(2, 3, 32, 32)
+    z = backbone(x)
+    assert len(backbone.blocks) == 5 and backbone.drop_path == 0.5
+    assert torch.equal(backbone(x), z)  # without factors nothing is dropped, nothing is scaled
+    torch.testing.assert_close(backbone(x, torch.ones(2, 5, 2)), z)
+    dropped = torch.zeros(2, 5, 2)
+    assert not torch.allclose(backbone(x, dropped), z)
+    block = backbone.blocks[-1]
+    y = torch.randn(2, 4, 4, 256)
+    assert torch.equal(block(y, dropped[:, 0]), y)
+    first = block(y, torch.tensor([[2.0, 0.0]] * 2))
+    torch.testing.assert_close(first, y + 2 * block.op(block.norm(y)))
+    second = block(y, torch.tensor([[0.0, 3.0]] * 2))
+    torch.testing.assert_close(second, y + 3 * block.mlp(block.norm2(y)))
+
+
+def test_drop_path_factors_of_a_sample_are_its_own():
+    torch.manual_seed(0)
+    backbone = build_backbone("vmamba_micro")
+    x = torch.randn(2, 3, 32, 32)
+    scale = (1 / (1 - torch.linspace(0, 0.5, 5)))[None, :, None].expand(2, 5, 2)
+    half = scale.clone()
+    half[1] = 0
+    torch.testing.assert_close(backbone(x, half)[0], backbone(x, scale)[0])
+    assert not torch.allclose(backbone(x, half)[1], backbone(x, scale)[1])
 
 
 def test_published_files_load_strictly(tmp_path, monkeypatch):
     torch.manual_seed(0)
     state = build_backbone("vmamba_micro").state_dict()
-    file = {
-        "model": {
-            **state,
-            "classifier.head.weight": torch.zeros(1000, 256),
-            "classifier.head.bias": torch.zeros(1000),
-        }
-    }
-    yacs = types.ModuleType(
-        "yacs.config"
-    )  # VMamba's trainer saves its config, a dict of this package's kind, along
+    head = {"classifier.head.weight": torch.zeros(1000, 256)}
+    head["classifier.head.bias"] = torch.zeros(1000)
+    file = {"model": {**state, **head}}
+    # VMamba's trainer saves its config, a dict of this package's kind, along.
+    yacs = types.ModuleType("yacs.config")
     yacs.CfgNode = type("CfgNode", (dict,), dict(__module__="yacs.config"))
     monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
     monkeypatch.setitem(sys.modules, "yacs.config", yacs)
     file["config"] = yacs.CfgNode(MODEL=yacs.CfgNode(TYPE="vssm"))
     file["config"].__dict__["__immutable__"] = True
     save_atomically(file, str(tmp_path / "vmamba.pth"))
-    (
-        monkeypatch.delitem(sys.modules, "yacs.config"),
-        monkeypatch.delitem(sys.modules, "yacs"),
-    )  # nobody who loads it need have that
+    # Nobody who loads the file needs that package.
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    monkeypatch.delitem(sys.modules, "yacs")
     backbone, facts = load_backbone(str(tmp_path / "vmamba.pth"))
-    assert facts["arch"] == "vmamba_micro" and all(
-        torch.equal(state[key], value) for key, value in backbone.state_dict().items()
-    )
+    assert facts["arch"] == "vmamba_micro"
+    assert all(torch.equal(state[key], value) for key, value in backbone.state_dict().items())
+
+    linear = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
     as_convolutions = {
-        key: value[:, :, None, None]
-        if key.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight"))
-        else value
+        key: value[:, :, None, None] if key.endswith(linear) else value
         for key, value in state.items()
     }
-    save_atomically(
-        {"model": as_convolutions, "config": {"MODEL": "foreign"}}, str(tmp_path / "old.pth")
-    )
+    old = {"model": as_convolutions, "config": {"MODEL": "third-party"}}
+    save_atomically(old, str(tmp_path / "old.pth"))
     backbone, _ = load_backbone(str(tmp_path / "old.pth"))
     assert all(torch.equal(state[key], value) for key, value in backbone.state_dict().items())
-    file["model"].pop("layers.0.blocks.0.op.Ds"), file.pop("config")
+
+    file["model"].pop("layers.0.blocks.0.op.Ds")
+    file.pop("config")
     save_atomically(file, str(tmp_path / "vmamba.pth"))
     with pytest.raises(UsageError, match="vmamba_micro, where 1 entries differ"):
         load_backbone(str(tmp_path / "vmamba.pth"))
 
 
 def test_a_compiled_block_is_the_eager_one(scans_put_back):
-    """The scan itself is left out of the graph; what is around it compiles (here without a code generator: that needs a C++ compiler)."""
+    """The scan stays out of the graph, what is around it compiles.
+
+    Here without a code generator, which needs a C++ compiler.
+    """
     vmamba.keep_out_of_graphs()
     torch.manual_seed(0)
-    block, x = vmamba.VSSBlock(32, 1.0), torch.randn(2, 4, 4, 32)
+    block = vmamba.VSSBlock(32, 1.0)
+    x = torch.randn(2, 4, 4, 32)
     compiled = torch.compile(block, backend="aot_eager", dynamic=False)
     for model in (block, compiled):
         x_ = x.clone().requires_grad_()
@@ -352,76 +410,29 @@ def test_a_compiled_block_is_the_eager_one(scans_put_back):
 
 
 def test_decay_rates_do_not_decay():
-    import train
-    from conftest import tiny_config
-
-    run = train.make_run(
-        tiny_config(arch="vmamba_micro", img_size=32, local_size=32), 10, torch.device("cpu")
-    )
+    config = tiny_config(arch="vmamba_micro", img_size=32, local_size=32)
+    run = train.make_run(config, 10, HERE)
     names = {id(p): name for name, p in run.network.named_parameters()}
-    [matrices, others] = [
-        [names[id(p)] for p in group["params"]] for group in run.optimizer.param_groups
-    ]
-    assert any(name.endswith("A_logs") for name in others) and any(
-        name.endswith("dt_projs_bias") for name in others
-    )
-    assert any(name.endswith("x_proj_weight") for name in matrices) and not any(
-        name.endswith(vmamba.NO_DECAY) for name in matrices
-    )
+    groups = run.optimizer.param_groups
+    [matrices, others] = [[names[id(p)] for p in group["params"]] for group in groups]
+    assert any(name.endswith("A_logs") for name in others)
+    assert any(name.endswith("dt_projs_bias") for name in others)
+    assert any(name.endswith("x_proj_weight") for name in matrices)
+    assert not any(name.endswith(vmamba.NO_DECAY) for name in matrices)
 
 
-def test_it_trains_through_train_py_and_is_judged_like_the_others(folder, tmp_path):
-    import eval_linear
-    from conftest import arguments as knobs, run_script
-
-    done = run_script(
-        "train.py",
-        *knobs(
-            arch="vmamba_micro",
-            img_size=32,
-            local_size=32,
-            drop_path=0.2,
-            data=folder,
-            out_dir=tmp_path,
-        ),
-    )
+def test_it_trains_through_train_py_and_is_evaluated_like_the_others(folder, tmp_path):
+    options = dict(arch="vmamba_micro", img_size=32, local_size=32, data=folder)
+    done = run_script("train.py", *arguments(**options, drop_path=0.2, out_dir=tmp_path))
     assert "selective scan: torch" in done.stdout
-    eval_linear.main(
-        [
-            f"--ckpt={tmp_path / 'ckpt.pt'}",
-            "--tests=orig",
-            "--epochs=1",
-            "--batch_size=32",
-            "--workers=0",
-            "--precision=fp32",
-            "--device=cpu",
-        ]
-    )
-    wrong = run_script(
-        "train.py",
-        *knobs(
-            arch="vmamba_micro", img_size=32, local_size=18, data=folder, out_dir=tmp_path / "other"
-        ),
-        check=False,
-    )
-    assert (
-        wrong.returncode == 2
-        and "local_size=18 is not a multiple of vmamba_micro's 4: take 16" in wrong.stderr
-    )
-    wrong = run_script(
-        "train.py",
-        *knobs(
-            arch="vmamba_micro",
-            img_size=32,
-            local_size=32,
-            data=folder,
-            scan="triton",
-            out_dir=tmp_path / "other",
-        ),
-        check=False,
-    )
-    assert (
-        wrong.returncode == 2
-        and "take --scan=torch" in wrong.stderr
-        and not (tmp_path / "other").exists()
-    )
+    evaluation = "--tests=orig --epochs=1 --batch_size=32 --workers=0 --precision=fp32 --device=cpu"
+    eval_linear.main([f"--ckpt={tmp_path / 'ckpt.pt'}", *evaluation.split()])
+
+    other = tmp_path / "other"
+    wrong = arguments(**{**options, "local_size": 18}, out_dir=other)
+    wrong = run_script("train.py", *wrong, check=False)
+    assert wrong.returncode == 2
+    assert "local_size=18 is not a multiple of vmamba_micro's 4: take 16" in wrong.stderr
+    wrong = arguments(**options, scan="triton", out_dir=other)
+    wrong = run_script("train.py", *wrong, check=False)
+    assert wrong.returncode == 2 and "use --scan=torch" in wrong.stderr and not other.exists()
