@@ -1,12 +1,13 @@
-"""The views (paper appendix, and the authors' scripts for the figures), in two stages.
+"""The views: random crops, then the operations of a recipe (paper, appendix).
 
-Worker, one image at a time: `crop_views` cuts and resizes the random crops, uint8 in and out, antialiased bicubic.
-Device, a whole batch at a time: `augment` = `parameters` (a vector over the batch for each operation, on the CPU) then `transform`:
-flip, rotation and elastic as ONE sampling grid with one bilinear gather; jitter; grey; blur; solarise; normalise.
+1. Workers, one image at a time, uint8: `crop_views` cuts and resizes the random crops.
+2. The device, a batch at a time: `augment` = `parameters` (what happens to each sample) and
+   `transform`: flip, rotation and elastic in one sampling; color jitter; gray; blur; solarize.
 
-Operations and their order are torchvision's, and tests/test_augment.py holds each against it. Where ours differs: rotation is bilinear
-(torchvision's default is nearest), intermediate images are not rounded to uint8, the blur is a true Gaussian of 13 taps (DINO's is Pillow's
-approximation). Every draw is a function of a sample's key (draws.py).
+Operations and their order are torchvision's; tests/test_augment.py compares them. Differences:
+rotation is bilinear (not nearest), nothing is rounded to uint8 in between, the blur is a Gaussian
+of 13 taps (DINO's is Pillow's approximation). Random numbers are a function of a sample's seed.
+To add an operation, add a field to Recipe, a line to `parameters` and a line to `transform`.
 """
 
 import math
@@ -15,335 +16,345 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from draws import key, noise, uniforms
+from lib.rng import fork, noise, sample_seeds, to_device, uniforms
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
+ELASTIC_SIGMA = 5.0  # pixels, at any crop size
+ELASTIC_RADIUS = 20  # so 41 taps, as torchvision
+BLUR_SIGMA = (0.1, 2.0)  # pixels
+BLUR_RADIUS = 6
+# Pixels that a CPU transforms at a time: they and their temporaries fit its cache. 1.7x faster.
+CPU_CHUNK = 1 << 17
 
 
 class Recipe(NamedTuple):
-    """What happens to a crop. Probabilities of blur and solarise: for the first global view, the second, the local ones."""
+    """What happens to a crop: probabilities, ranges and strengths. The default does nothing."""
 
     flip: float = 0.0  # probability
-    rotate: float = 0.0  # degrees: uniform in -rotate .. rotate, black corners
-    elastic: float = 0.0  # probability of the elastic transformation ...
-    elastic_alpha: float = 100.0  # ... its strength (torchvision's alpha); sigma is ELASTIC_SIGMA
-    jitter: float = 0.0  # probability of colour jitter ...
-    jitter_strength: tuple = (0.4, 0.4, 0.2, 0.1)  # ... brightness, contrast, saturation, hue
-    grey: float = 0.0
-    blur: tuple = (0.0, 0.0, 0.0)
-    solarize: tuple = (0.0, 0.0, 0.0)
+    rotate: float = 0.0  # degrees: uniform in -rotate .. rotate, corners are black
+    elastic: float = 0.0  # probability
+    elastic_alpha: float = 100.0  # strength, torchvision's alpha
+    jitter: float = 0.0  # probability
+    jitter_strength: tuple = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    gray: float = 0.0  # probability
+    blur: tuple = (0.0, 0.0, 0.0)  # probability for each kind of view
+    solarize: tuple = (0.0, 0.0, 0.0)  # probability for each kind of view
 
 
-BAUG = Recipe(flip=0.5, jitter=0.8, grey=0.2, blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0))
-CAUG = BAUG._replace(rotate=90)
-RECIPES = {"baug": BAUG, "caug": CAUG, "caug+": CAUG._replace(elastic=0.5)}
+GLOBAL_1, GLOBAL_2, LOCAL = range(3)  # kinds of view: the index into blur and solarize
 
-_CJ = Recipe(jitter=1.0, jitter_strength=(0.4, 0.4, 0.4, 0.1))
-PERTURBATIONS = {  # of test images; 'ro' alone and the last four are not in the paper's main table
-    "orig": Recipe(),
-    "cj": _CJ,
-    "cj+flip": _CJ._replace(flip=1.0),
-    "cj+ro": _CJ._replace(rotate=90),
-    "cj+ro+et": _CJ._replace(rotate=90, elastic=1.0),
-    "ro": Recipe(rotate=90),
-    "cj+ro180": _CJ._replace(rotate=180),
-    "cj+ro+et50": _CJ._replace(rotate=90, elastic=1.0, elastic_alpha=50),
-    "cj+ro+et150": _CJ._replace(rotate=90, elastic=1.0, elastic_alpha=150),
+# fmt: off
+_DINO = dict(flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1, 0.5), solarize=(0.0, 0.2, 0.0))
+RECIPES = {  # of training views
+    "baug":        Recipe(**_DINO),
+    "caug":        Recipe(**_DINO, rotate=90),
+    "caug+":       Recipe(**_DINO, rotate=90, elastic=0.5),
 }
-GLOBAL_1, GLOBAL_2, LOCAL = range(
-    3
-)  # kinds of view: the index into Recipe.blur and Recipe.solarize
-ELASTIC_SIGMA, ELASTIC_RADIUS = (
-    5.0,
-    20,
-)  # pixels, whatever the crop's size; torchvision's kernel of 8 sigma + 1 taps
-BLUR_SIGMA, BLUR_RADIUS = (0.1, 2.0), 6
-CPU_CHUNK = (
-    1 << 17
-)  # pixels that a CPU transforms at a time: they and their temporaries stay in its cache, 1.7x faster than whole batches
-
-# ------------------------------------------------------------------------------------------------ worker stage
-
-
-def crop_views(image, key_, global_size, local_size, local_crops, global_scale, local_scale):
-    """image uint8 (3, H, W), key_ () int64 -> global crops uint8 (2, 3, G, G), local crops uint8 (L, 3, l, l)."""
-    return (
-        random_crops(image, key(key_, 0), 2, global_size, global_scale),
-        random_crops(image, key(key_, 1), local_crops, local_size, local_scale),
-    )
+_CJ = dict(jitter=1.0, jitter_strength=(0.4, 0.4, 0.4, 0.1))
+PERTURBATIONS = {  # of test images
+    "orig":        Recipe(),
+    "cj":          Recipe(**_CJ),
+    "cj+flip":     Recipe(**_CJ, flip=1.0),
+    "cj+ro":       Recipe(**_CJ, rotate=90),
+    "cj+ro+et":    Recipe(**_CJ, rotate=90, elastic=1.0),
+    # not in the paper's main table
+    "ro":          Recipe(rotate=90),
+    "cj+ro180":    Recipe(**_CJ, rotate=180),
+    "cj+ro+et50":  Recipe(**_CJ, rotate=90, elastic=1.0, elastic_alpha=50),
+    "cj+ro+et150": Recipe(**_CJ, rotate=90, elastic=1.0, elastic_alpha=150),
+}
+# fmt: on
 
 
-def random_crops(image, key_, n, size, scale):
-    """n random resized crops of image uint8 (3, H, W) -> uint8 (n, 3, size, size)."""
-    if n == 0:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
-    boxes = crop_boxes(*image.shape[1:], uniforms(key(key_, torch.arange(n)), 22), scale)
-    return torch.stack(
-        [resize(image[:, top : top + h, left : left + w], size, size) for top, left, h, w in boxes]
-    )
+def recipe(name, blur=True, solarize=True):
+    """Return RECIPES[name], without blur or solarize if these are switched off."""
+    off = (0.0, 0.0, 0.0)
+    found = RECIPES[name] if blur else RECIPES[name]._replace(blur=off)
+    return found if solarize else found._replace(solarize=off)
+
+
+def perturbation(name, seed=0):
+    """Return a function (images uint8 (N, 3, S, S), seeds (N,)) -> perturbed, normalized float."""
+    chosen = PERTURBATIONS[name]
+    return lambda images, seeds: augment(images, chosen, fork(seeds, "perturbation", seed))
+
+
+def quarter_turn(n):
+    """Return a function (images, seeds) -> turned by n * 90 degrees, no black corners, float."""
+    orig = PERTURBATIONS["orig"]
+    return lambda images, seeds: augment(torch.rot90(images, n, (2, 3)).contiguous(), orig, seeds)
+
+
+# --- stage 1, in the workers: crops -------------------------------------------------------------
+
+
+def crop_views(image, seed, global_size, local_size, local_crops, global_scale, local_scale):
+    """Cut image uint8 (3, H, W), seed () int64, into uint8 (2, 3, G, G) and uint8 (L, 3, l, l)."""
+    large = random_crops(image, fork(seed, "global_crops"), 2, global_size, global_scale)
+    small = random_crops(image, fork(seed, "local_crops"), local_crops, local_size, local_scale)
+    return large, small
+
+
+def random_crops(image, seed, n, size, scale):
+    """Cut n random resized crops: image uint8 (3, H, W) -> uint8 (n, 3, size, size)."""
+    u = uniforms(sample_seeds(seed, torch.arange(n)), 22)
+    crops = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for i, (top, left, h, w) in enumerate(crop_boxes(*image.shape[1:], u, scale)):
+        crops[i] = resize(image[:, top : top + h, left : left + w], size, size)
+    return crops
 
 
 def crop_boxes(H, W, u, scale, aspect=(3 / 4, 4 / 3)):
-    """u (n, 22) uniforms -> n boxes (top, left, height, width): area uniform in `scale` of the image, log aspect uniform.
+    """Choose torchvision's random boxes: u (n, 22) uniform -> n (top, left, height, width)."""
+    return [_crop_box(H, W, numbers, scale, aspect) for numbers in u.tolist()]
 
-    torchvision's RandomResizedCrop: the first of 10 draws that fits, else the largest centred crop within the aspect limits."""
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    boxes = []
-    for *draws, u_top, u_left in u.tolist():
-        for u_area, u_aspect in zip(draws[::2], draws[1::2]):
-            area = H * W * (scale[0] + u_area * (scale[1] - scale[0]))
-            ratio = math.exp(low + u_aspect * (high - low))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= W and 0 < h <= H:
-                boxes.append((int(u_top * (H - h + 1)), int(u_left * (W - w + 1)), h, w))
-                break
-        else:
-            w, h = min(W, max(1, round(H * aspect[1]))), min(H, max(1, round(W / aspect[0])))
-            boxes.append(((H - h) // 2, (W - w) // 2, h, w))
-    return boxes
+
+def _crop_box(H, W, numbers, scale, aspect):
+    """Take the first of 10 tries that fits, else the largest centered box within the aspects."""
+    *tries, u_top, u_left = numbers
+    low, high = (math.log(limit) for limit in aspect)
+    for u_area, u_aspect in zip(tries[::2], tries[1::2]):  # area and log of aspect are uniform
+        area = H * W * (scale[0] + u_area * (scale[1] - scale[0]))
+        ratio = math.exp(low + u_aspect * (high - low))
+        h = round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        if 0 < w <= W and 0 < h <= H:
+            return int(u_top * (H - h + 1)), int(u_left * (W - w + 1)), h, w
+    h = min(H, max(1, round(W / aspect[0])))
+    w = min(W, max(1, round(H * aspect[1])))
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
 def resize(image, h, w):
-    """image uint8 (3, H, W) -> uint8 (3, h, w), bicubic, antialiased: the one interpolation of the project, training and test."""
+    """Resize image uint8 (3, H, W) to (3, h, w): bicubic, antialiased, in training and tests."""
     if image.shape[1:] == (h, w):
         return image
     return F.interpolate(image[None], size=(h, w), mode="bicubic", antialias=True)[0]
 
 
 def center_crop(image, size):
-    """image uint8 (3, H, W) -> uint8 (3, size, size): the shorter side to 8/7 of size (256 for 224), then the centre.
-
-    An image whose shorter side is below that is not enlarged more than it takes to fill the crop, so small images lose no border."""
-    _, H, W = image.shape
-    side = min(max(size, min(H, W)), size * 8 // 7)
-    h, w = max(side, round(H * side / min(H, W))), max(side, round(W * side / min(H, W)))
+    """Resize the shorter side to 8/7 of size, cut the center; small images lose no border."""
+    H, W = image.shape[1:]
+    side = min(max(size, min(H, W)), size * 8 // 7)  # 256 for size 224
+    h = max(side, round(H * side / min(H, W)))
+    w = max(side, round(W * side / min(H, W)))
     top, left = (h - size) // 2, (w - size) // 2
     return resize(image, h, w)[:, top : top + size, left : left + size]
 
 
-# ------------------------------------------------------------------------------------------------ device stage
+# --- stage 2, on the device: a recipe -----------------------------------------------------------
 
 
-def augment(images, recipe, keys, kind=GLOBAL_1):
-    """images uint8 (N, 3, S, S), keys (N,) int64 on the CPU -> normalised float32 (N, 3, S, S) on the images' device."""
-    params = parameters(recipe, keys, kind)
+def augment_views(global_crops, local_crops, seeds, recipe):
+    """Make what the network sees; every crop has random numbers of its own.
+
+    global_crops uint8 (B, 2, 3, G, G), local_crops uint8 (B, L, 3, l, l), seeds (B,) of the samples
+    -> [(2, B, 3, G, G), (L, B, 3, l, l)] normalized float32, without the second if L is 0.
+    """
+    first = augment(global_crops[:, 0], recipe, fork(seeds, "global_view", index=0), GLOBAL_1)
+    second = augment(global_crops[:, 1], recipe, fork(seeds, "global_view", index=1), GLOBAL_2)
+    views = [torch.stack([first, second])]
+    B, L = local_crops.shape[:2]
+    if L:
+        local_seeds = fork(seeds, "local_view", index=torch.arange(L)[:, None])  # (L, B)
+        crops = local_crops.transpose(0, 1).flatten(0, 1)
+        local = augment(crops, recipe, local_seeds.flatten(), LOCAL)
+        views.append(local.unflatten(0, (L, B)))
+    return views
+
+
+def augment(images, recipe, seeds, kind=GLOBAL_1):
+    """Apply a recipe: images uint8 (N, 3, S, S), seeds (N,) on the CPU -> normalized float32."""
+    params = parameters(recipe, seeds, kind)
     if images.is_cuda:
         return transform(images, params)
-    n = max(1, CPU_CHUNK // images[0, 0].numel())
+    chunk = max(1, CPU_CHUNK // images.shape[2:].numel())
     out = torch.empty(images.shape)
-    for i in range(0, len(images), n):
-        out[i : i + n] = transform(
-            images[i : i + n], {name: values[i : i + n] for name, values in params.items()}
-        )
+    for i in range(0, len(images), chunk):
+        rows = slice(i, i + chunk)
+        out[rows] = transform(images[rows], {name: p[rows] for name, p in params.items()})
     return out
 
 
-def augment_views(global_crops, local_crops, keys, recipe):
-    """What the network sees: global crops uint8 (B, 2, 3, G, G), local crops (B, L, 3, l, l), keys (B,) of the samples
-    -> [(2, B, 3, G, G)] or [(2, B, 3, G, G), (L, B, 3, l, l)], normalised float32; each crop with draws of its own."""
-    first = augment(global_crops[:, 0], recipe, key(keys, 10), GLOBAL_1)
-    second = augment(global_crops[:, 1], recipe, key(keys, 11), GLOBAL_2)
-    B, L = local_crops.shape[:2]
-    if L == 0:
-        return [torch.stack([first, second])]
-    local_keys = key(keys, 12 + torch.arange(L)[:, None])  # (L, B)
-    local = augment(local_crops.transpose(0, 1).flatten(0, 1), recipe, local_keys.flatten(), LOCAL)
-    return [torch.stack([first, second]), local.unflatten(0, (L, B))]
+def parameters(recipe, seeds, kind=GLOBAL_1):
+    """Choose what happens to each sample: seeds (N,) -> dict of tensors with N rows.
 
-
-def parameters(recipe, keys, kind=GLOBAL_1):
-    """A value for each sample and operation -> dict of tensors with N rows, on the CPU so that branching on them waits for no device."""
-    u = uniforms(
-        key(keys, 2), 16
-    )  # (N, 16); a draw has its own column, so recipes that share an operation share its draws
+    They stay on the CPU, so that a branch on them does not wait for the GPU.
+    """
+    u = uniforms(fork(seeds, "augment"), 16)  # a new operation takes u[:, 16], and so on
     jitter = u[:, 3] < recipe.jitter
     strength = torch.tensor(recipe.jitter_strength)
-    factors = torch.where(jitter[:, None], 1 + (2 * u[:, 4:7] - 1) * strength[:3], 1.0)
+    factors = 1 + (2 * u[:, 4:7] - 1) * strength[:3]
+    sigma = BLUR_SIGMA[0] + u[:, 14] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])
     return dict(
         flip=u[:, 0] < recipe.flip,
         angle=(2 * u[:, 1] - 1) * recipe.rotate,  # degrees, counter-clockwise
-        elastic=(u[:, 2] < recipe.elastic) * recipe.elastic_alpha,  # alpha, 0: none
-        elastic_key=key(keys, 3),
-        factors=factors,  # (N, 3) of brightness, contrast, saturation; 1: unchanged
-        hue=jitter * (2 * u[:, 7] - 1) * strength[3],  # turns of the colour circle, 0: unchanged
-        order=u[:, 8:12].argsort(
-            dim=1
-        ),  # (N, 4): a uniform permutation of the four operations of the jitter
-        grey=u[:, 12] < recipe.grey,
-        blur=(u[:, 13] < recipe.blur[kind])
-        * (BLUR_SIGMA[0] + u[:, 14] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])),  # sigma in pixels, 0: none
+        elastic=(u[:, 2] < recipe.elastic) * recipe.elastic_alpha,  # alpha, 0: off
+        elastic_seeds=fork(seeds, "elastic"),
+        factors=torch.where(jitter[:, None], factors, 1.0),  # (N, 3) as jitter_strength, 1: off
+        hue=jitter * (2 * u[:, 7] - 1) * strength[3],  # turns of the color circle, 0: off
+        order=u[:, 8:12].argsort(dim=1),  # (N, 4): of the jitter's four operations
+        gray=u[:, 12] < recipe.gray,
+        blur=(u[:, 13] < recipe.blur[kind]) * sigma,  # sigma in pixels, 0: off
         solarize=u[:, 15] < recipe.solarize[kind],
     )
 
 
 @torch.no_grad()
 def transform(images, params):
-    """images uint8 (N, 3, S, S) and what `parameters` returns -> normalised float32 (N, 3, S, S)."""
+    """Apply what `parameters` chose: images uint8 (N, 3, S, S) -> normalized float32."""
     x = images.float() / 255
-    x = warp(x, params["flip"], params["angle"], params["elastic"], params["elastic_key"])
+    x = warp(x, params["flip"], params["angle"], params["elastic"], params["elastic_seeds"])
     x = color_jitter(x, params["factors"], params["hue"], params["order"])
-    x = _on_rows(
-        x, params["grey"], lambda rows, _: grey(rows).repeat(1, 3, 1, 1)
-    )  # expanded it could not be written to
-    x = _on_rows(x, params["blur"] > 0, lambda rows, chosen: blur(rows, params["blur"][chosen]))
-    x = _on_rows(
-        x, params["solarize"], lambda rows, _: torch.where(rows >= 128 / 255, 1 - rows, rows)
-    )
+    x = _on_rows(x, params["gray"], lambda rows: gray(rows).repeat(1, 3, 1, 1))
+    x = _on_rows(x, params["blur"] > 0, blur, params["blur"])
+    x = _on_rows(x, params["solarize"], lambda rows: rows.where(rows < 128 / 255, 1 - rows))
     return normalize(x)
 
 
-def normalize(x):
-    """RGB in [0, 1] (N, 3, H, W) -> as networks take it."""
-    return torch.stack(
-        [(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)], 1
-    )
-
-
-def to_device(device, values):
-    """A CPU tensor on `device`; to a GPU through pinned memory, from which the copy does not make us wait."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
-
-
-def _on_rows(x, mask, function):
-    """function(rows, their indices) on the rows of x (N, ...) where mask (N,), a CPU tensor, is true; x may be changed in place."""
+def _on_rows(x, mask, operation, *values):
+    """Apply operation(rows, *their values) in place where mask (N,), on the CPU, is true."""
     chosen = mask.nonzero()[:, 0]
+    if not len(chosen):
+        return x
+    values = [to_device(x.device, value[chosen]) for value in values]
     if len(chosen) == len(x):
-        return function(x, chosen)
-    if len(chosen):
-        on_device = to_device(x.device, chosen)
-        x[on_device] = function(x[on_device], chosen)
+        return operation(x, *values)
+    chosen = to_device(x.device, chosen)
+    x[chosen] = operation(x[chosen], *values)
     return x
 
 
-def warp(x, flip, angle, alpha, elastic_key):
-    """Flip, then rotation about the centre, then elastic: x (N, 3, S, S) resampled once, bilinearly, outside is 0.
+def normalize(x):
+    """Turn RGB in [0, 1] (N, 3, H, W) into what networks take."""
+    channels = [(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)]
+    return torch.stack(channels, 1)
 
-    A grid runs backwards: an output pixel p lies at c = p + displacement in the rotated image, from there at c' = R c in the flipped one,
-    and there at the mirrored x. Where c leaves the rotated square the result must be black although R may lead back into the picture: the
-    gather, which is zero outside the picture, has weighted by the footprint of c' in the picture, and what counts is the smaller of c's and that."""
-    N, _, S, _ = x.shape
+
+def denormalize(x):
+    """Turn normalized (..., 3, H, W) back into RGB in [0, 1], for pictures."""
+    channels = [channel * std + mean for channel, mean, std in zip(x.unbind(-3), MEAN, STD)]
+    return torch.stack(channels, -3).clamp(0, 1)
+
+
+def warp(x, flip, angle, alpha, elastic_seeds):
+    """Flip, rotate about the center, then deform: one bilinear sampling of x (N, 3, S, S).
+
+    flip, angle (degrees), alpha (0: no elastic) and elastic_seeds are (N,), on the CPU.
+    A grid holds for each output pixel the place to read. So it runs backwards: elastic, rotation,
+    flip. Places outside the picture are black.
+    Elastic may lead out of the rotated square, and the rotation from there back into the picture.
+    In the sequence of operations such places are black. So a pixel's weight is the smaller of two
+    shares: of its footprint in the rotated square, and in the picture (grid_sample's own weight).
+    """
     if not angle.any() and not alpha.any():
-        return _on_rows(x, flip, lambda rows, _: rows.flip(-1))
-    centres = (2 * torch.arange(S, device=x.device) + 1) / S - 1  # of pixels, in [-1, 1]
-    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).repeat(
-        N, 1, 1, 1
-    )  # (N, S, S, 2) of (x, y)
+        return _on_rows(x, flip, lambda rows: rows.flip(-1))
+    N, _, S, _ = x.shape
+    centers = (2 * torch.arange(S, device=x.device) + 1) / S - 1  # of pixels, in [-1, 1]
+    grid = torch.stack(torch.meshgrid(centers, centers, indexing="xy"), -1)
+    grid = grid.repeat(N, 1, 1, 1)  # (N, S, S, 2) of (x, y)
+
     elastic = alpha.nonzero()[:, 0]
-    on_device = to_device(x.device, elastic)
     if len(elastic):
-        grid[on_device] += elastic_displacement(
-            to_device(x.device, alpha[elastic]), to_device(x.device, elastic_key[elastic]), S
-        )
-        in_rotated = _inside(grid[on_device])  # (n, S, S)
-    radians = torch.deg2rad(angle)
-    cos, sin, mirror = to_device(
-        x.device, torch.stack([radians.cos(), radians.sin(), 1 - 2.0 * flip])
-    )[:, :, None, None]  # (N, 1, 1) each
-    grid_x, grid_y = grid.unbind(
-        -1
-    )  # elementwise, for a matrix product might be rounded to TF32 or, under autocast, to bf16
+        rows = to_device(x.device, elastic)
+        values = [to_device(x.device, value[elastic]) for value in (alpha, elastic_seeds)]
+        grid[rows] += elastic_displacement(*values, S)
+        in_rotated = _share_inside(grid[rows])  # (n, S, S)
+
+    # Elementwise: a matrix product may be rounded to TF32 or, under autocast, to bf16.
+    angle = torch.deg2rad(angle)
+    motion = to_device(x.device, torch.stack([angle.cos(), angle.sin(), 1 - 2.0 * flip]))
+    cos, sin, mirror = motion[..., None, None]  # (N, 1, 1) each
+    grid_x, grid_y = grid.unbind(-1)
     grid = torch.stack([mirror * (cos * grid_x - sin * grid_y), sin * grid_x + cos * grid_y], -1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if len(elastic):
-        x[on_device] *= (in_rotated / _inside(grid[on_device]).clamp(min=1e-6)).clamp(max=1)[
-            :, None
-        ]
+        in_picture = _share_inside(grid[rows])
+        x[rows] *= (in_rotated / in_picture.clamp(min=1e-6)).clamp(max=1)[:, None]
     return x
 
 
-def _inside(grid):
-    """grid (n, S, S, 2) -> (n, S, S): the share of a pixel's bilinear footprint that lies within the square."""
+def _share_inside(grid):
+    """Return the share of each pixel read that lies in the square: (n, S, S, 2) -> (n, S, S)."""
     return ((1 - grid.abs()) * grid.shape[1] / 2 + 0.5).clamp(0, 1).prod(-1)
 
 
-def elastic_displacement(alpha, keys, S):
-    """alpha (n,), keys (n,) -> displacements (n, S, S, 2) in units of half the image's side: uniform noise in [-1, 1), smoothed, times
-    alpha / S (torchvision's ElasticTransform); alpha / 60 pixels in the mean square at 224, 1.3 times that at 32, where mirrored borders take part."""
-    smooth = gaussian_matrix(
-        S, torch.full((1,), ELASTIC_SIGMA, device=alpha.device), ELASTIC_RADIUS
-    )  # (1, S, S)
-    field = smooth @ noise(keys, 2 * S * S).view(-1, 2, S, S) @ smooth.mT
+def elastic_displacement(alpha, seeds, S):
+    """Smooth uniform noise in [-1, 1), times alpha / S: torchvision's ElasticTransform.
+
+    alpha (n,), seeds (n,) -> (n, S, S, 2), in units of half the image's side. The root mean square
+    is alpha / 60 pixels at S = 224; at 32 it is 1.3 times that, because of the mirrored borders.
+    """
+    sigma = torch.full((1,), ELASTIC_SIGMA, device=alpha.device)
+    smooth = gaussian_matrix(S, sigma, ELASTIC_RADIUS)  # (1, S, S)
+    field = smooth @ noise(seeds, 2 * S * S).view(-1, 2, S, S) @ smooth.mT
     return (field * (alpha / S)[:, None, None, None]).permute(0, 2, 3, 1)
 
 
 def gaussian_matrix(S, sigma, radius):
-    """sigma (n,) -> (n, S, S): multiplying a column of S pixels by it is a Gaussian blur of 2 radius + 1 taps with mirrored borders.
+    """Make matrices that blur a column of S pixels, with mirrored borders: (n,) -> (n, S, S).
 
-    A blur is two such products: fewer operations than the taps would suggest, and matrix products are what the machine does best."""
+    A kernel has 2 radius + 1 taps. A blur is then two matrix products, which are fast.
+    """
     taps = torch.arange(-radius, radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (taps / sigma[:, None]).square())
     weight = weight / weight.sum(1, keepdim=True)  # (n, taps)
-    source = (
-        torch.arange(S, device=sigma.device)[:, None] + taps
-    )  # (S, taps), beyond the border for some
+    # The pixel that each tap reads; beyond a border, mirrored without repeating the border pixel.
     period = max(2 * S - 2, 1)
-    source = source % period
-    source = torch.where(
-        source < S, source, period - source
-    )  # mirrored without repeating the border pixel
-    matrix = torch.zeros(len(sigma), S, S, device=sigma.device)
-    return matrix.scatter_add_(
-        2, source.expand(len(sigma), S, -1), weight[:, None].expand(-1, S, -1)
-    )
+    source = (torch.arange(S, device=sigma.device)[:, None] + taps) % period  # (S, taps)
+    source = torch.where(source < S, source, period - source)
+    n = len(sigma)
+    matrix = torch.zeros(n, S, S, device=sigma.device)
+    return matrix.scatter_add_(2, source.expand(n, -1, -1), weight[:, None].expand(-1, S, -1))
 
 
 def blur(x, sigma):
-    """x (N, 3, S, S), sigma (N,) pixels -> the same, blurred."""
-    matrix = gaussian_matrix(x.shape[-1], to_device(x.device, sigma), BLUR_RADIUS)[:, None]
+    """Blur x (N, 3, S, S) by Gaussians of sigma (N,) pixels."""
+    matrix = gaussian_matrix(x.shape[-1], sigma, BLUR_RADIUS)[:, None]
     return matrix @ x @ matrix.mT
 
 
-def grey(x):
-    """x (N, 3, H, W) -> luma (N, 1, H, W), ITU-R 601-2."""
+def gray(x):
+    """Return the luma (ITU-R 601-2) of x (N, 3, H, W): (N, 1, H, W)."""
     return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 def color_jitter(x, factors, hue, order):
-    """Brightness, contrast, saturation (factors (N, 3)) and hue (N,), each sample in its own order (N, 4), as torchvision's ColorJitter.
+    """Change brightness, contrast, saturation and hue, each sample in its own order.
 
-    The first three are one blend f x + (1 - f) anchor, clamped: the anchor is black, the image's mean grey, or its grey. So in each of the
-    four places of the order all samples blend together, those whose hue is due with f = 1, and these then turn their hue."""
+    factors (N, 3) of the first three, hue (N,), order (N, 4) are on the CPU. As torchvision's
+    ColorJitter. The first three are one formula, f x + (1 - f) anchor, clamped: the anchor is
+    black, the mean of the image's gray, or the gray. So at each place of the order, all samples
+    blend together. Those whose hue is due have f = 1 and then turn their hue.
+    """
     if (factors == 1).all() and not hue.any():
         return x
-    for place in range(4):
-        due = order[:, place]  # (N,): 0 brightness, 1 contrast, 2 saturation, 3 hue
+    for due in order.unbind(1):  # (N,): 0 brightness, 1 contrast, 2 saturation, 3 hue
         factor = factors.gather(1, due.clamp(max=2)[:, None])[:, 0].masked_fill(due == 3, 1)
-        f, of_mean, of_grey = (
-            to_device(x.device, v)[:, None, None, None]
-            for v in (factor, (1 - factor) * (due == 1), (1 - factor) * (due == 2))
-        )
-        luma = grey(x)
-        x = (f * x + (of_grey * luma + of_mean * luma.mean((2, 3), keepdim=True))).clamp_(0, 1)
-        x = _on_rows(
-            x,
-            (due == 3) & (hue != 0),
-            lambda rows, chosen: turn_hue(rows, to_device(x.device, hue[chosen])),
-        )
+        rest = 1 - factor
+        weights = torch.stack([factor, rest * (due == 1), rest * (due == 2)])
+        f, of_mean, of_gray = to_device(x.device, weights)[..., None, None, None]  # (N, 1, 1, 1)
+        luma = gray(x)
+        x = (f * x + (of_gray * luma + of_mean * luma.mean((2, 3), keepdim=True))).clamp_(0, 1)
+        x = _on_rows(x, (due == 3) & (hue != 0), adjust_hue, hue)
     return x
 
 
-def turn_hue(x, turns):
-    """x (N, 3, H, W) in [0, 1] with its hue turned by (N,) turns of the colour circle, value and saturation kept.
+def adjust_hue(x, turns):
+    """Turn the hue of x (N, 3, H, W) by (N,) turns of the color circle; keep value and saturation.
 
-    Through HSV: with chroma c = max - min, a channel is max - c * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6, n = 5, 3, 1."""
+    Through HSV: chroma c = max - min, and a channel is max - c * clamp(min(k, 4 - k), 0, 1) with
+    k = (n + 6 hue) mod 6, where n = 5, 3, 1 for R, G, B.
+    """
     r, g, b = x.unbind(1)
-    high, low = x.amax(1), x.amin(1)
-    chroma = high - low
-    scale = 1 / torch.where(chroma > 0, chroma, 1)  # a grey pixel has no hue: any will do
-    sextant = torch.where(
-        high == r, (g - b) * scale, torch.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale)
-    )
-    sextant = sextant + 6 * turns[:, None, None]
+    high = x.amax(1)
+    chroma = high - x.amin(1)
+    scale = 1 / torch.where(chroma > 0, chroma, 1)  # a gray pixel has no hue: any will do
+    if_green_or_blue = torch.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale)
+    sextant = torch.where(high == r, (g - b) * scale, if_green_or_blue) + 6 * turns[:, None, None]
     channels = []
     for n in (5, 3, 1):
         k = torch.remainder(sextant + n, 6)
         channels.append(high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
     return torch.stack(channels, 1)
-
-
-def denormalize(x):
-    """Normalised (..., 3, H, W) -> RGB in [0, 1], for pictures."""
-    return (
-        x * torch.tensor(STD, device=x.device)[:, None, None]
-        + torch.tensor(MEAN, device=x.device)[:, None, None]
-    ).clamp(0, 1)
