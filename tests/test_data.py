@@ -1,18 +1,22 @@
 """Images from everywhere, broken ones included; the schedule of batches."""
 
 import os
+import pickle
+import zipfile
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import HERE, ROOT, SHARED, tiny_config
 from PIL import Image
 
-import data
-from configurator import UsageError
-from conftest import SHARED, tiny_config
-
-CPU = torch.device("cpu")
+from augment import center_crop, random_crops
+from lib import data
+from lib.config import UsageError
+from lib.rng import sample_seeds
+from lib.shapes import SHAPES, moving_shapes, shape_masks, shapes
 
 
 def color(path, pixel=(0, 0)):
@@ -49,11 +53,12 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, value, expected
     if mode == "P":
         image.putpalette([0] * 15 + [10, 20, 30])
     path = tmp_path / f"x.{suffix}"
-    image.save(
-        path,
-        **dict(lossless=True) if suffix == "webp" else {},
-        **dict(transparency=0) if mode == "P" and suffix == "png" else {},
-    )
+    options = {}
+    if suffix == "webp":
+        options["lossless"] = True
+    if mode == "P" and suffix == "png":
+        options["transparency"] = 0
+    image.save(path, **options)
     decoded = data.decode(str(path))
     assert decoded.dtype == torch.uint8 and decoded.shape == (3, 6, 9)
     assert np.abs(np.array(color(path, (4, 3))) - expected).max() <= (8 if suffix == "jpg" else 1)
@@ -62,24 +67,22 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, value, expected
 def test_exif_rotation_and_animation(tmp_path):
     image = Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(20, 40, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.decode(str(tmp_path / "turned.jpg")).shape == (3, 40, 20)
+    exif[0x0112] = 6  # rotate by 90 degrees
+    image.save(tmp_path / "rotated.jpg", exif=exif)
+    assert data.decode(str(tmp_path / "rotated.jpg")).shape == (3, 40, 20)
     frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert color(tmp_path / "moving.gif")[0] > 240
 
 
 def photo(H, W, seed=0):
-    """uint8 (3, H, W): noise whose waves are the stronger the longer, as in a photograph."""
+    """Return noise uint8 (3, H, W), its long waves the strongest, as in a photograph."""
     rng = torch.Generator().manual_seed(seed)
-    octaves = [
-        torch.nn.functional.interpolate(
-            torch.rand(1, 3, H // k, W // k, generator=rng) - 0.5, size=(H, W), mode="bicubic"
-        )[0]
-        * k
-        for k in (2, 4, 8, 16, 32)
-    ]
+    octaves = []
+    for k in (2, 4, 8, 16, 32):
+        coarse = torch.rand(1, 3, H // k, W // k, generator=rng) - 0.5
+        wave = torch.nn.functional.interpolate(coarse, size=(H, W), mode="bicubic")[0]
+        octaves.append(wave * k)
     return (128 + 4 * sum(octaves)).clamp(0, 255).to(torch.uint8)
 
 
@@ -98,20 +101,15 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, side, enough, e
     picture = Image.fromarray(photo(side, 600).permute(1, 2, 0).numpy())
     exif = Image.Exif()
     exif[0x0112] = 6
-    for name, options in (
-        ("a.jpg", {}),
-        ("turned.jpg", dict(exif=exif)),
-        ("grey.jpg", {}),
-        ("a.png", {}),
-    ):
-        (picture.convert("L") if name == "grey.jpg" else picture).save(tmp_path / name, **options)
-        whole, found = data.decode(str(tmp_path / name)), data.decode(str(tmp_path / name), enough)
+    for name in ("a.jpg", "rotated.jpg", "gray.jpg", "a.png"):
+        options = dict(exif=exif) if name == "rotated.jpg" else {}
+        image = picture.convert("L") if name == "gray.jpg" else picture
+        image.save(tmp_path / name, **options)
+        whole = data.decode(str(tmp_path / name))
+        found = data.decode(str(tmp_path / name), enough)
         short = expected if name.endswith("jpg") else side
-        assert found.shape == (
-            (3, 600 * short // 400, short)
-            if name == "turned.jpg"
-            else (3, short, 600 * short // 400)
-        )
+        sides = (short, 600 * short // 400)
+        assert found.shape == (3, *(sides[::-1] if name == "rotated.jpg" else sides))
         by_pixels = torch.nn.functional.interpolate(
             whole[None].float(), size=found.shape[1:], mode="area"
         )[0]
@@ -124,29 +122,29 @@ def test_what_pillow_refuses_to_reduce_is_decoded_whole(tmp_path, monkeypatch):
     assert data.decode(str(tmp_path / "a.jpg"), 50).shape == (3, 200, 300)
 
 
-def test_crops_of_reduced_images_are_the_crops(tmp_path):
-    from augment import random_crops
-    from draws import key
-
+def test_crops_of_smaller_decoded_images_are_the_crops(tmp_path):
     for i in range(3):
         torchvision.io.write_jpeg(photo(1000, 1200, i), str(tmp_path / f"{i}.jpg"), quality=95)
-    whole, crops = data.open_images(str(tmp_path), "train"), [(64, (0.25, 1.0)), (48, (0.1, 0.4))]
+    whole = data.open_images(str(tmp_path), "train")
+    crops = [(64, (0.25, 1.0)), (48, (0.1, 0.4))]
     config = tiny_config(
         img_size=64, global_scale=crops[0][1], local_size=48, local_scale=crops[1][1]
     )
-    reduced = data.reduced(whole, config)
-    assert reduced.read(0).shape == (3, 250, 300)  # 48 / sqrt(0.1 * 3 / 4) = 176 pixels are enough
+    limited = data.limit_decode(whole, config)
+    assert limited.read(0).shape == (3, 250, 300)  # 48 / sqrt(0.1 * 3 / 4) = 176 pixels are enough
     for i in range(3):
         for size, scale in crops:
             a, b = (
-                random_crops(images.read(i), key(0, torch.tensor(i)), 4, size, scale).float()
-                for images in (whole, reduced)
+                random_crops(images.read(i), sample_seeds(0, i), 4, size, scale).float()
+                for images in (whole, limited)
             )
-            assert (
-                (a - b).abs().mean() < 5 < 30 < (a - b.flip(0)).abs().mean()
-            )  # of 255; boxes are rounded to coarser pixels
-    memory = data.shapes("train", 32, 10)
-    assert data.reduced(memory, config) is memory
+            # of 255; boxes are rounded to coarser pixels
+            assert (a - b).abs().mean() < 5 < 30 < (a - b.flip(0)).abs().mean()
+    memory = shapes("train", 32, 10)
+    assert data.limit_decode(memory, config) is memory
+    some = data.subset(whole, [2, 0])
+    assert data.limit_decode(some, config) is some
+    assert data.limit_decode(limited, config) is limited
 
 
 BROKEN = {
@@ -181,58 +179,65 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
     (root / "folder.jpg").mkdir()  # a directory is no image file
     images = data.open_images(str(root), "train")
     assert len(images) == 121
-    config = tiny_config(batch_size=121)
-    global_crops, _, _, _, broken = next(iter(data.train_loader(images, config, 0, 1, 0, 1, CPU)))
-    assert len(global_crops) == 121 and [os.path.basename(path) for path, _ in broken] == [name]
-    said, files = [], data.BrokenFiles(len(images))
-    files.report(broken, said.append)
-    files.report(broken, said.append)
+    batch = next(iter(data.train_loader(images, tiny_config(batch_size=121), 0, 1, HERE)))
+    assert len(batch.global_crops) == 121
+    assert [os.path.basename(path) for path, _ in batch.broken] == [name]
+    said = []
+    files = data.BrokenFiles(len(images))
+    files.report(batch.broken, said.append)
+    files.report(batch.broken, said.append)
     assert len(said) == 1 and name in said[0]
 
 
-def test_images_kept_in_memory_are_the_same_and_must_fit(tmp_path, monkeypatch):
+def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
     images = data.open_images(str(make_tree(tmp_path / "tree", 12, ["zero.jpg"])), "train")
-    kept = data.in_memory(images, "images", 2)
-    (bad,) = [i for i in range(13) if "zero" in images.name(i)]
+    cached = data.cache_in_ram(images, "tree", 2)
+    (bad,) = (i for i in range(13) if "zero" in images.name(i))
     for i in set(range(13)) - {bad}:
-        assert torch.equal(kept.read(i), images.read(i)) and kept.read(i) is kept.read(i)
+        assert torch.equal(cached.read(i), images.read(i)) and cached.read(i) is cached.read(i)
     with pytest.raises(data.UNREADABLE) as error:
-        kept.read(bad)
-    assert kept.name(bad) == images.name(bad) and str(error.value)
+        cached.read(bad)
+    assert cached.name(bad) == images.name(bad) and str(error.value)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
-    with pytest.raises(UsageError, match="take about .* GB, .* are free: leave --cache=ram away"):
-        data.in_memory(images, "images", 2)
+    with pytest.raises(UsageError, match=r"take about .* GB, .* are free: remove --cache=ram"):
+        data.cache_in_ram(images, "tree", 2)
 
 
 def test_more_than_one_percent_broken_stops(tmp_path):
     images = data.open_images(str(make_tree(tmp_path / "tree", 20, ["zero.jpg"])), "train")
-    *_, broken = next(iter(data.train_loader(images, tiny_config(batch_size=21), 0, 1, 0, 1, CPU)))
-    with pytest.raises(
-        UsageError, match="1 of 21 images are broken, more than 1%, such as .*zero.jpg"
-    ):
-        data.BrokenFiles(len(images)).report(broken, print)
+    batch = next(iter(data.train_loader(images, tiny_config(batch_size=21), 0, 1, HERE)))
+    message = "1 of 21 images are broken, more than 1%, such as .*zero.jpg"
+    with pytest.raises(UsageError, match=message):
+        data.BrokenFiles(len(images)).report(batch.broken, print)
+
+
+def test_images_can_be_sent_to_workers_of_any_kind(folder, tmp_path):
+    """Where processes are not forked, they get the Images pickled."""
+    images = data.open_images(str(folder), "train")
+    limited = data.limit_decode(images, tiny_config())
+    cached = data.cache_in_ram(data.subset(images, [3, 4]), "folder", 1)
+    for some in (images, limited, cached, shapes("train", 32, 4)):
+        again = pickle.loads(pickle.dumps(some))
+        assert torch.equal(again.read(1), some.read(1)) and again.name(1) == some.name(1)
 
 
 def test_folders(folder, tmp_path):
-    train, val = data.open_images(str(folder), "train"), data.open_images(str(folder), "val")
-    assert (
-        len(train) == 80 and len(val) == 40 and train.classes == val.classes == sorted(data.SHAPES)
-    )
+    train, val = data.open_splits(str(folder))
+    assert len(train) == 80 and len(val) == 40
+    assert train.classes == val.classes == sorted(SHAPES)
     assert train.labels.bincount().tolist() == [8] * 10
+    for i in range(80):
+        assert f"/{train.classes[train.labels[i]]}/" in train.name(i)
     chosen = tmp_path / "list.txt"
     chosen.write_text("# two of ten\ntee a letter\nkey\n")
     some = data.open_images(str(folder), "train", str(chosen))
     assert some.classes == ["key", "tee"] and len(some) == 16 and "key" in some.name(0)
     flat = data.open_images(str(folder / "train" / "key"), "train")
-    assert (
-        len(flat) == 8
-        and (flat.labels == -1).all()
-        and data.open_images(str(folder / "train" / "key"), "val") is None
-    )
-    deep = data.open_images(
-        str(folder / "val"), "train"
-    )  # any tree: the class folders are just folders
-    assert len(deep) == 40 and (deep.labels == -1).all()
+    assert len(flat) == 8 and (flat.labels == -1).all()
+    assert data.open_images(str(folder / "train" / "key"), "val") is None
+    # any tree: the class folders are just folders
+    deep = data.open_images(str(folder / "val"), "train")
+    assert len(deep) == 40 and (deep.labels == -1).all() and deep.classes == []
 
 
 @pytest.mark.parametrize(
@@ -248,18 +253,16 @@ def test_folders(folder, tmp_path):
         ),
         (lambda t: dict(data="shapes", classes="x.txt"), "shapes has none"),
         (
-            lambda t: (
-                (t / "c.txt").write_text("") and None or dict(data=str(t), classes=str(t / "c.txt"))
-            ),
+            lambda t: (t / "c.txt").write_text("") or dict(data=str(t), classes=str(t / "c.txt")),
             "no train/CLASS folders",
         ),
         (lambda t: dict(data="cifar10", root=str(t)), "--download=True fetches it"),
     ],
 )
 def test_unusable_data_is_one_line(tmp_path, make, message):
-    knobs = make(tmp_path)
+    options = make(tmp_path)
     with pytest.raises(UsageError, match=message) as error:
-        data.open_images(split="train", **knobs)
+        data.open_images(split="train", **options)
     assert "\n" not in str(error.value)
 
 
@@ -287,7 +290,7 @@ def test_a_class_list_that_does_not_match_is_refused(folder, tmp_path):
 
 
 def test_torchvision_formats_are_read(tmp_path):
-    """CIFAR-10's own files on disk: pickled batches with md5 sums, so only a wrong sum can be told from here; STL-10's are raw bytes."""
+    """CIFAR-10's files are pickled batches with md5 sums: only a wrong sum can be tested here."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     (folder / "data_batch_1").write_bytes(b"not the real one")
@@ -295,73 +298,151 @@ def test_torchvision_formats_are_read(tmp_path):
         data.open_images("cifar10", "train", root=str(tmp_path))
 
 
-def test_in100_list_is_cmcs():
-    names = data.read_classes(
-        "configs/in100_classes.txt"
-        if os.path.exists("configs/in100_classes.txt")
-        else os.path.join(os.path.dirname(data.__file__), "configs/in100_classes.txt")
-    )
+def test_in_memory_sets_of_torchvision(monkeypatch):
+    """Without their archives: classes that hold what torchvision's would."""
+
+    class Cifar:
+        data = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+        targets = (3, 1)
+        classes = ("a", "b", "c", "d")
+
+        def __init__(self, root, train):
+            assert train is True
+
+    class Stl(Cifar):
+        data = Cifar.data.transpose(0, 3, 1, 2)
+        labels = np.array([3, 1], dtype=np.uint8)
+        targets = None
+
+    monkeypatch.setitem(data.TORCHVISION, "cifar10", (Cifar, [True], [False]))
+    monkeypatch.setitem(data.TORCHVISION, "stl10", (Stl, [True], [False]))
+    for name in ("cifar10", "stl10"):
+        images = data.open_images(name, "train")
+        expected = torch.from_numpy(Cifar.data[1]).permute(2, 0, 1)
+        assert torch.equal(images.read(1), expected) and images.classes == list("abcd")
+        assert images.labels.tolist() == [3, 1] and images.labels.dtype == torch.int64
+        assert images.name(1) == f"{name} image 1"
+
+
+def test_in100_list_is_cmcs(tmp_path, monkeypatch):
+    """A list is also found from the project's folder, wherever a run is started."""
+    assert (ROOT / "configs" / "in100_classes.txt").is_file()
+    monkeypatch.chdir(tmp_path)
+    names = data.read_classes("configs/in100_classes.txt")
     assert len(names) == 100 and all(name[0] == "n" and len(name) == 9 for name in names)
 
 
+def test_training_data_is_checked_limited_and_cached(folder):
+    config = tiny_config(data=str(folder), cache="ram")
+    train, val = data.open_for_training(config, HERE)
+    assert train.read(0) is train.read(0) and val.read(0) is val.read(0)
+    assert (
+        data.open_for_training(tiny_config(data=str(folder / "train" / "key"), batch_size=8), HERE)[
+            1
+        ]
+        is None
+    )
+    for size, world, message in (
+        (15, 2, "batch_size=15 does not divide among 2 ranks: take 16"),
+        (800, 1, "batch_size=800 exceeds the 80 images"),
+    ):
+        config = tiny_config(data=str(folder), batch_size=size)
+        with pytest.raises(UsageError, match=message):
+            data.open_for_training(config, HERE._replace(world=world))
+
+
 def test_shapes_are_a_function_of_seed_and_index():
-    a, b = data.shapes("train", 32, 40), data.shapes("train", 32, 60)
-    assert all(torch.equal(a.read(i), b.read(i)) for i in range(40)) and torch.equal(
-        a.labels, b.labels[:40]
-    )
-    assert not torch.equal(a.read(0), data.shapes("val", 32, 40).read(0)) and not torch.equal(
-        a.read(0), data.shapes("train", 32, 40, seed=1).read(0)
-    )
+    a = shapes("train", 32, 40)
+    b = shapes("train", 32, 60)
+    assert all(torch.equal(a.read(i), b.read(i)) for i in range(40))
+    assert torch.equal(a.labels, b.labels[:40])
+    assert not torch.equal(a.read(0), shapes("val", 32, 40).read(0))
+    assert not torch.equal(a.read(0), shapes("train", 32, 40, seed=1).read(0))
     assert a.labels.bincount().tolist() == [4] * 10 and a.read(0).shape == (3, 32, 32)
+
+
+def test_shapes_stay_what_they_are():
+    """Published results depend on these pixels: their sums, but for the rounding of a machine."""
+    images, masks = shape_masks("val", 32, 20)
+    frames, ids = moving_shapes(3, 32, frames=4)
+    train = shapes("train", 32, 40).read(torch.arange(40))
+    sums = [int(x.long().sum()) for x in (train, images, masks, frames, ids)]
+    assert sums == pytest.approx([16095236, 7757763, 3175, 1588147, 408], rel=1e-3)
 
 
 def test_schedule_is_a_permutation_an_epoch_split_among_ranks():
     whole = list(data.Schedule(50, 12, 3, 0, 8))
-    assert (
-        len(whole) == 8
-        and [epoch for batch in whole for epoch, _ in batch[:1]] == [0] * 4 + [1] * 4
-    )
+    assert len(whole) == len(data.Schedule(50, 12, 3, 0, 8)) == 8
+    assert [batch[0][0] for batch in whole] == [0] * 4 + [1] * 4
     for epoch in range(2):
         indices = [i for batch in whole[4 * epoch : 4 * epoch + 4] for _, i in batch]
         assert len(set(indices)) == 48
     assert [i for _, i in whole[0]] != [i for _, i in whole[4]]
-    assert (
-        list(data.Schedule(50, 12, 3, 5, 8)) == whole[5:]
-    )  # a resumed run sees what it would have seen
+    # a resumed run sees what it would have seen
+    assert list(data.Schedule(50, 12, 3, 5, 8)) == whole[5:]
     for world in (2, 3, 4):
         ranks = [list(data.Schedule(50, 12, 3, 0, 8, rank, world)) for rank in range(world)]
-        assert [sum(batches, []) for batches in zip(*ranks)] == whole
+        assert [[*chain(*batches)] for batches in zip(*ranks)] == whole
     assert list(data.Schedule(50, 12, 4, 0, 1)) != whole[:1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, workers):
     images = data.open_images(str(folder), "train")
-    alone, many = (
-        [batch for batch in data.train_loader(images, tiny_config(workers=n), 3, 6, 0, 1, CPU)]
-        for n in (0, workers)
-    )
+    alone = list(data.train_loader(images, tiny_config(workers=0), 3, 6, HERE))
+    many = list(data.train_loader(images, tiny_config(workers=workers), 3, 6, HERE))
+    assert len(alone) == len(many) == 3
     for a, b in zip(alone, many):
+        assert type(a) is type(b) is data.Batch
         assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4]))
+
+
+def test_the_first_batch_is_the_runs(folder):
+    images = data.open_images(str(folder), "train")
+    whole, first = data.first_batch(images, tiny_config(), 5)
+    batch = next(iter(data.train_loader(images, tiny_config(), 0, 1, HERE)))
+    assert all(torch.equal(a, b[:5]) for a, b in zip(first[:4], batch[:4]))
+    [items] = data.Schedule(80, 16, 0, 0, 1)
+    for image, (_, i) in zip(whole, items):
+        assert torch.equal(image, center_crop(images.read(i), 32))
+
+
+def test_a_batch_is_split_evenly(folder):
+    images = data.open_images(str(folder), "train")
+    batch = next(iter(data.train_loader(images, tiny_config(batch_size=12), 0, 1, HERE)))
+    for limit, parts in ((100, 1), (12, 1), (11, 2), (5, 3), (1, 12)):
+        split = data.split_batch(batch, limit)
+        assert len(split) == parts and all(len(part.seeds) == 12 // parts for part in split)
+        for i in range(4):
+            assert torch.equal(torch.cat([part[i] for part in split]), batch[i])
 
 
 def test_eval_loader_visits_each_image_once(folder):
     images = data.open_images(str(folder), "val")
-    labels = [
-        torch.cat([batch[2] for batch in data.eval_loader(images, 32, 7, 0, CPU, rank, 3)])
-        for rank in range(3)
-    ]
+    labels = []
+    for rank in range(3):
+        loader = data.eval_loader(images, 32, 7, 0, HERE._replace(rank=rank, world=3))
+        labels.append(torch.cat([batch[2] for batch in loader]))
     assert [len(part) for part in labels] == [14, 13, 13]
     assert torch.equal(torch.cat(labels).bincount(), images.labels.bincount())
 
 
+def test_random_crops_of_evaluations_are_a_function_of_seed_and_epoch(folder):
+    images = data.open_images(str(folder), "val")
+    steps = data.Schedule(40, 8, 3, 0, 5)
+    for crops, seeds, labels, broken in data.crop_loader(images, 32, (0.2, 1.0), steps, 0, HERE):
+        assert crops.shape == (8, 3, 32, 32) and len(labels) == 8 and broken == []
+        again = dict(seed=3, epoch=0, scale=(0.2, 1.0))
+        for other, other_seeds, *_ in data.eval_loader(images, 32, 40, 0, HERE, **again):
+            where = (other_seeds[None] == seeds[:, None]).nonzero()[:, 1]
+            assert torch.equal(other[where], crops)
+
+
 @pytest.mark.skipif(not (SHARED / "jpeg64.zip").exists(), reason="no ../shared/data here")
 def test_real_photographs(tmp_path):
-    import zipfile
-
     with zipfile.ZipFile(SHARED / "jpeg64.zip") as archive:
         archive.extractall(tmp_path)
     images = data.open_images(str(tmp_path / "jpeg64"), "train")
     assert len(images) == 64 and len(images.classes) == 64
-    batch = next(iter(data.eval_loader(images, 224, 64, 0, CPU)))
-    assert batch[0].shape == (64, 3, 224, 224) and not batch[3]
+    crops, _, _, broken = next(iter(data.eval_loader(images, 224, 64, 0, HERE)))
+    assert crops.shape == (64, 3, 224, 224) and not broken

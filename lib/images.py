@@ -1,0 +1,168 @@
+"""A file -> an image: the data set as all see it, one decoder, decoded images in memory."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from torchvision.io import decode_image
+from torchvision.transforms.v2 import functional as TF
+from tqdm.contrib.concurrent import thread_map
+
+from lib.config import UsageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A data set in memory or on disk: all that loaders and evaluations know of it."""
+
+    read: Callable  # i -> uint8 (3, H, W); raises one of UNREADABLE for a broken file
+    labels: torch.Tensor  # (N,) int64, -1: unknown
+    classes: list  # of names
+    name: Callable  # i -> what to call the image in a message
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def _at(function, values, i):
+    return function(values[i])
+
+
+def memory_images(pixels, labels, classes, name):
+    """Return Images of pixels uint8 (N, 3, H, W) and N labels."""
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    name = f"{name} image {{}}".format
+    return Images(pixels.contiguous().__getitem__, labels, list(classes), name)
+
+
+def file_images(paths, labels, classes, fix=""):
+    """Return Images of files. With `fix`, a list names them: UsageError if one does not exist."""
+    missing = [path for path in paths if not os.path.exists(path)] if fix else []
+    if missing:
+        n = f"{len(missing)} of {len(paths)}"
+        raise UsageError(f"{n} images are missing, such as {missing[0]}; {fix}")
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    return Images(partial(_at, decode, paths), labels, list(classes), paths.__getitem__)
+
+
+def decode(path, enough=0):
+    """Decode an image file to uint8 RGB (3, H, W), rotated as a JPEG's or PNG's EXIF says.
+
+    Gray, CMYK, palette, alpha and 16 bit become RGB of 8 bit; of an animation the first frame is
+    taken. A JPEG with at least 2, 4 or 8 times `enough` pixels a side is decoded at 1/2, 1/4 or 1/8
+    of its size, which saves most of the time; 0: the whole image.
+    """
+    try:
+        image = _decode_reduced(path, enough) if enough else None
+        if image is None:
+            image = decode_image(str(path), mode="RGB", apply_exif_orientation=True)
+    except RuntimeError:
+        image = _decode_with_pillow(path)  # formats and variants that torchvision does not read
+    return TF.to_dtype(image[0] if image.ndim == 4 else image, torch.uint8, scale=True)
+
+
+def _decode_reduced(path, enough):
+    """Return None for a file that is no JPEG, too small, or refused by Pillow."""
+    with contextlib.suppress(Exception), Image.open(path) as file:
+        if file.format in ("JPEG", "MPO") and min(file.size) >= 2 * enough:
+            file.draft(None, (enough, enough))
+            return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    return None
+
+
+def _decode_with_pillow(path):
+    with Image.open(path) as file:
+        if not file.mode.startswith(("I", "F")):
+            return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+        gray = np.asarray(file, dtype=np.float32)
+    # 16 bit, 32 bit or float: Pillow's own conversion would clip instead of scale
+    full = 65535 if file.mode.startswith("I;16") or gray.max() > 255 else 255
+    full = 1 if file.mode == "F" and gray.max() <= 1 else full
+    gray = (gray.clip(0, full) * (255 / full)).round().astype(np.uint8)
+    return torch.from_numpy(gray).expand(3, -1, -1)
+
+
+def reason(error):
+    """Say in one line what an exception says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def limit_decode(images, config):
+    """Return the same Images, large JPEG files decoded no larger than config's crops need."""
+    args = getattr(images.read, "args", ())
+    if args[:1] != (decode,):
+        return images  # in memory already, or a subset: limit the whole
+    crops = [(config.img_size, config.global_scale)]
+    if config.local_crops:
+        crops.append((config.local_size, config.local_scale))
+    # the smallest crop, 3:4, still has `size` pixels on its shorter side
+    enough = max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in crops)
+    return replace(images, read=partial(_at, partial(decode, enough=math.ceil(enough)), args[1]))
+
+
+def cache_in_ram(images, what, threads):
+    """Return the same Images, decoded once and cached; loading processes share them.
+
+    Of a broken file the reason is cached. UsageError if they would not fit into memory. what: the
+    name of the data set.
+    """
+    read = partial(read_or_reason, images.read)
+    sample = map(read, range(0, len(images), max(1, len(images) // 64)))
+    sizes = [image.numel() for image in sample if not isinstance(image, str)]
+    needed = len(images) * sum(sizes) / max(len(sizes), 1) / 1e9
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if needed > 0.8 * free:
+        why = f"the images of {what} take about {needed:.1f} GB, {free:.1f} GB are free"
+        raise UsageError(f"cache=ram: {why}: remove --cache=ram")
+    progress = dict(desc=f"decoding {what}", leave=False)
+    progress["disable"] = dist.is_initialized() and dist.get_rank() > 0
+    cached = thread_map(read, range(len(images)), max_workers=max(1, threads), **progress)
+    return replace(images, read=partial(_at, _image_or_raise, cached))
+
+
+def read_or_reason(read, i):
+    """Return image i, or if its file is broken the reason, one line."""
+    try:
+        return read(i)
+    except UNREADABLE as error:
+        return reason(error)
+
+
+def _image_or_raise(image):
+    if isinstance(image, str):
+        raise OSError(image)
+    return image
+
+
+def subset(images, indices):
+    """Return the Images at `indices`, in that order."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    read, name = (partial(_at, f, indices.tolist()) for f in (images.read, images.name))
+    return Images(read, images.labels[indices], images.classes, name)
+
+
+class BrokenFiles:
+    """Names each broken file once; stops the run if they are more than 1 % of the n images."""
+
+    def __init__(self, n):
+        self.n = round(n)
+        self.seen = set()
+
+    def report(self, broken, say):
+        for name, why in broken:
+            if name not in self.seen:
+                self.seen.add(name)
+                say(f"skipped broken image {name}: {why} ({len(self.seen)} so far)")
+        if len(self.seen) > 0.01 * self.n:  # the data set is at fault, not a file
+            why = f"{len(self.seen)} of {self.n} images are broken, more than 1%"
+            raise UsageError(f"{why}, such as {min(self.seen)}; fix or remove them")
