@@ -5,24 +5,41 @@ import math
 
 import pytest
 import torch
+from conftest import HERE, tiny_config
 
 import losses
+import train
+from lib import data, fused
 from model import ProjectionHead, WeightNormLinear
 
 V, B, K = 5, 3, 11
 
 
-def textbook(student, teacher, center, student_temp, teacher_temp, term):
-    """mean over the pairs (i, v), v != i, and over images of term(q_i, p_v)."""
+def reference(student, teacher, center, student_temp, teacher_temp, term):
+    """Average term(q_i, p_v) over the pairs (i, v), v != i, and over images."""
     q = [torch.softmax((t - center) / teacher_temp, -1).detach() for t in teacher]
     p = [torch.softmax(s / student_temp, -1) for s in student]
     pairs = [term(q[i], p[v]).mean() for i in range(2) for v in range(len(student)) if v != i]
     return sum(pairs) / len(pairs)
 
 
-CROSS_ENTROPY = lambda q, p: -(q * p.log()).sum(-1)
-DOT = lambda q, p: (q * p).sum(-1)
-COSINE = lambda q, p: torch.cosine_similarity(q, p, dim=-1)
+def CROSS_ENTROPY(q, p):
+    return -(q * p.log()).sum(-1)
+
+
+def DOT(q, p):
+    return (q * p).sum(-1)
+
+
+def COSINE(q, p):
+    return torch.cosine_similarity(q, p, dim=-1)
+
+
+def squares(q, s):
+    """A pair term that nobody has declared: not linear in q, its gradient known to autograd."""
+    return (q * s.softmax(-1)).square().sum(-1)
+
+
 TERMS = {"cross-entropy": CROSS_ENTROPY, "dot": DOT, "cosine": COSINE}
 CASES = {
     "cross-entropy": (losses.dino_loss, CROSS_ENTROPY),
@@ -42,7 +59,7 @@ def test_in_fp64_they_are_fp64_heads_and_norms_too(case):
     )
     torch.testing.assert_close(
         ours(student, teacher, torch.zeros(5)),
-        textbook(student, teacher, 0, 0.1, 0.04, term),
+        reference(student, teacher, 0, 0.1, 0.04, term),
         rtol=1e-12,
         atol=0,
     )
@@ -62,7 +79,7 @@ def test_pair_losses_and_their_gradients_are_the_double_loop_over_pairs(case, vi
     student, teacher = (torch.rand(n, B, K, generator=generator) * 2 - 1 for n in (views, 2))
     center = 0.1 * torch.randn(K, generator=generator)
     fast, slow = student.clone().requires_grad_(), student.double().requires_grad_()
-    expected = textbook(slow, teacher.double(), center.double(), 0.1, 0.04, term)
+    expected = reference(slow, teacher.double(), center.double(), 0.1, 0.04, term)
     got = ours(fast, teacher, center, 0.1, 0.04)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
     got.backward(retain_graph=True), expected.backward()
@@ -82,7 +99,10 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
         p.double().requires_grad_(),
         z.clone().requires_grad_(),
     )
-    unit = lambda x: x / x.square().sum(-1, keepdim=True).sqrt()
+
+    def unit(x):
+        return x / x.square().sum(-1, keepdim=True).sqrt()
+
     expected = -sum((unit(slow[i]) * unit(z.double()[1 - i])).sum(-1).mean() for i in range(2)) / 2
     vector = unit if kind == "cosine" else (lambda x: x)
     expected = (
@@ -100,38 +120,36 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
     assert given.grad is None  # the gradient stops there
 
 
-@pytest.mark.parametrize("images", [0, 1, 2])
+def layers_and_units(views):
+    """Prototypes of any length and gain, unit vectors (views, B, 4), (2, B, 4), a center."""
+    generator = torch.Generator().manual_seed(0)
+    layers = WeightNormLinear(4, K), WeightNormLinear(4, K)
+    for layer in layers:
+        layer.weight_v.data = 3 * torch.randn(K, 4, generator=generator)
+        layer.weight_g.data = 1 + torch.rand(K, 1, generator=generator)
+    units = [torch.randn(n, B, 4, generator=generator) for n in (views, 2)]
+    units = [torch.nn.functional.normalize(x, dim=-1) for x in units]
+    return *layers, *units, 0.1 * torch.randn(K, generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2])
 @pytest.mark.parametrize("views", [2, V])
 @pytest.mark.parametrize("kind", ["cross-entropy", "dot", "cosine"])
-def test_a_loss_with_its_last_layers_is_the_textbooks_however_few_logits_are_held(
-    kind, views, images
-):
-    """Value, gradients by the unit vectors and by the prototypes, the teacher's mean and entropy; of prototypes of any length and gain."""
-    generator = torch.Generator().manual_seed(0)
-    layer, teacher_layer = WeightNormLinear(4, K), WeightNormLinear(4, K)
-    for one in (layer, teacher_layer):
-        one.weight_v.data, one.weight_g.data = (
-            3 * torch.randn(K, 4, generator=generator),
-            1 + torch.rand(K, 1, generator=generator),
-        )
-    student, teacher = (
-        torch.nn.functional.normalize(torch.randn(n, B, 4, generator=generator), dim=-1)
-        for n in (views, 2)
-    )
-    center, fast, slow = (
-        0.1 * torch.randn(K, generator=generator),
-        student.clone().requires_grad_(),
-        student.double().requires_grad_(),
-    )
+@pytest.mark.parametrize("compute", [fused.prototype_loss, fused.plain_loss])
+def test_a_loss_with_its_last_layers_is_the_reference(compute, kind, views, chunk):
+    """Value, gradients by unit vectors and prototypes, the teacher's mean and entropy."""
+    layer, teacher_layer, student, teacher, center = layers_and_units(views)
+    fast = student.clone().requires_grad_()
+    slow = student.double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):  # which must not reach the logits
-        got, mean, entropy = losses.against_prototypes(
-            kind, fast, layer, teacher, teacher_layer, center, 0.1, 0.04, images
+        got, mean, entropy = compute(
+            losses.PAIR_TERMS[kind], fast, layer, teacher, teacher_layer, center, (0.1, 0.04), chunk
         )
     (3 * got).backward()
 
     exact = copy.deepcopy(layer).double()
     t = copy.deepcopy(teacher_layer).double()(teacher.double())
-    expected = textbook(exact(slow), t, center.double(), 0.1, 0.04, TERMS[kind])
+    expected = reference(exact(slow), t, center.double(), 0.1, 0.04, TERMS[kind])
     (3 * expected).backward()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
@@ -141,9 +159,67 @@ def test_a_loss_with_its_last_layers_is_the_textbooks_however_few_logits_are_hel
     torch.testing.assert_close(mean.double(), t.mean((0, 1)), rtol=1e-5, atol=1e-6)
     q = torch.softmax((t - center) / 0.04, -1)
     assert entropy.item() == pytest.approx(-(q * q.log()).sum(-1).mean().item(), rel=1e-4)
-    assert (
-        teacher_layer.weight_v.grad is None and not mean.requires_grad and not entropy.requires_grad
+    assert teacher_layer.weight_v.grad is None
+    assert not mean.requires_grad and not entropy.requires_grad
+
+
+@pytest.mark.parametrize("kind", losses.PAIR_TERMS)
+def test_every_pair_term_is_one_number_an_image_with_autograds_gradient(kind):
+    term = losses.PAIR_TERMS[kind]
+    q = torch.rand(B, K, dtype=torch.float64).softmax(-1)
+    s = torch.randn(B, K, dtype=torch.float64, requires_grad=True)
+    assert term(q, s).shape == (B,)
+    assert torch.autograd.gradcheck(lambda s: term(q, s), s)
+    both = torch.rand(2, B, K, dtype=torch.float64)
+    is_linear = torch.allclose(term(both[0], s) + term(both[1], s), term(both.sum(0), s))
+    assert is_linear == (term in losses.LINEAR_IN_Q)
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_a_new_pair_term_has_its_own_gradient_through_the_fused_loss(chunk):
+    """Equal to all logits at once; a copy of `dot` that is squared must not train as `dot`."""
+    gradients = {}
+    for name, term in (("squares", squares), ("dot", losses.dot)):
+        for compute in (fused.prototype_loss, fused.plain_loss):
+            layer, teacher_layer, student, teacher, center = layers_and_units(V)
+            student.requires_grad_()
+            loss, *_ = compute(
+                term, student, layer, teacher, teacher_layer, center, (0.1, 0.04), chunk
+            )
+            loss.backward()
+            gradients[name, compute] = loss.detach(), student.grad, layer.weight_v.grad
+        torch.testing.assert_close(
+            gradients[name, fused.prototype_loss], gradients[name, fused.plain_loss]
+        )
+    new, old = (gradients[name, fused.prototype_loss][1] for name in ("squares", "dot"))
+    assert not torch.allclose(new, old, rtol=0.1)
+
+
+def test_a_new_pair_term_is_an_orth_and_trains_fused_as_plain(folder, monkeypatch):
+    monkeypatch.setitem(losses.PAIR_TERMS, "squares", squares)
+    images = data.open_images(str(folder), "train")
+    weights = {}
+    for orth, is_fused in (("squares", True), ("squares", False), ("dot", True)):
+        config = tiny_config(
+            orth=orth, fused=is_fused, optimizer="sgd", lr=5.0, freeze_last_layer=0, warmup_epochs=0
+        )
+        run = train.make_run(config, 5, HERE)
+        for step, batch in enumerate(data.train_loader(images, config, 0, 2, HERE)):
+            train.train_step(run, step, batch)
+        weights[orth, is_fused] = run.network.head_ef.last_layer.weight_v.detach()
+    torch.testing.assert_close(weights["squares", True], weights["squares", False])
+    assert not torch.allclose(weights["squares", True], weights["dot", True], rtol=1e-3)
+
+
+def test_the_gradients_of_the_fused_loss_serve_one_backward():
+    layer, teacher_layer, student, teacher, center = layers_and_units(V)
+    student.requires_grad_()
+    loss, *_ = fused.prototype_loss(
+        losses.dot, student, layer, teacher, teacher_layer, center, (0.1, 0.04)
     )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -192,7 +268,7 @@ def test_bfloat16_logits_are_computed_in_float32():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="dot.*cosine"):
+    with pytest.raises(ValueError, match=r"dot.*cosine"):
         losses.orthogonality(torch.zeros(V, B, K), torch.zeros(2, B, K), torch.zeros(K), kind="cos")
 
 

@@ -1,0 +1,98 @@
+"""The last layer and a pair loss together, a few images at a time.
+
+With K = 65536 prototypes and ten views the logits (V, B, K) fill gigabytes. Here they exist for one
+chunk of images at a time. Inside a chunk autograd differentiates the plain pair term; the gradients
+by the unit vectors and by the normalized prototypes are added up over the chunks. The result equals
+losses.pair_loss of all logits, for ANY pair term (tests/test_losses.py).
+"""
+
+import torch
+import torch.nn.functional as F
+
+import losses
+
+CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**23}  # logits held at a time: 256 MB, 32 MB
+
+
+def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
+    """Compute losses.pair_loss(term, layer(student), teacher_layer(teacher), center, *temps).
+
+    Args:
+        term: a pair term as in losses.PAIR_TERMS: (q (B, K), s (B, K)) -> (B,).
+        student, teacher: unit vectors (V, B, d), (2, B, d) in front of the prototypes.
+        layer, teacher_layer: model.WeightNormLinear, d -> K.
+        center: (K,); temps: the student's and the teacher's temperature.
+        chunk: images whose logits are held at a time; 0: as many as fill CHUNK_ELEMENTS.
+    Returns:
+        the loss (its gradients serve one backward), the teacher's mean logits (K,), and its mean
+        entropy in nats (ln K: it says nothing; 0: it is certain).
+    """
+    V, B, _ = student.shape
+    student_temp, teacher_temp = temps
+    with torch.autocast(student.device.type, enabled=False):
+        prototypes = layer.prototypes()  # (K, d), differentiable: the weight norm's own backward
+        with torch.no_grad():
+            W = prototypes.detach()
+            chunk = chunk or max(1, CHUNK_ELEMENTS[student.device.type] // (V * len(W)))
+            grad_student = torch.empty_like(student)
+            grad_W = torch.zeros_like(W)
+            loss = entropy = teacher_sum = 0
+            for at in range(0, B, chunk):
+                u = student[:, at : at + chunk]  # (V, b, d)
+                t = teacher_layer(teacher[:, at : at + chunk])  # (2, b, K)
+                teacher_sum = teacher_sum + t.sum((0, 1))
+                q = losses.teacher_probabilities(t, center, teacher_temp)
+                entropy = entropy + torch.special.entr(q).sum()
+                s = F.linear(u, W).div_(student_temp)  # (V, b, K)
+                part, grad_s = _value_and_gradient(term, q, s, pairs=B * (2 * V - 2))
+                loss = loss + part
+                grad_s.div_(student_temp)
+                grad_student[:, at : at + chunk] = grad_s @ W
+                grad_W.addmm_(grad_s.flatten(0, 1).T, u.flatten(0, 1))
+        loss = _PrecomputedGrad.apply(loss, grad_student, grad_W, student, prototypes)
+    return loss, teacher_sum / (2 * B), entropy / (2 * B)
+
+
+def _value_and_gradient(term, q, s, pairs):
+    """Sum the term over the pairs of a chunk, divide by `pairs` -> scalar, gradient by s (V, b, K).
+
+    A view is done at a time. If the term is linear in q, a local view meets q_0 + q_1 once.
+    """
+    gradient = torch.empty_like(s)
+    total = 0
+    local = [q[0] + q[1]] if term in losses.LINEAR_IN_Q else [q[0], q[1]]
+    for v in range(len(s)):
+        targets = [q[1 - v]] if v < 2 else local
+        with torch.enable_grad():
+            view = s[v].detach().requires_grad_()
+            value = sum(term(target, view).sum() for target in targets) / pairs
+            [gradient[v]] = torch.autograd.grad(value, view)
+        total = total + value.detach()
+    return total, gradient
+
+
+def plain_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
+    """Compute what prototype_loss computes by the plain formulas, holding all logits (V, B, K)."""
+    with torch.autocast(student.device.type, enabled=False):
+        t = teacher_layer(teacher).detach()  # (2, B, K)
+        loss = losses.pair_loss(term, layer(student), t, center, *temps)
+        q = losses.teacher_probabilities(t, center, temps[1])
+    return loss, t.mean((0, 1)), torch.special.entr(q).sum(-1).mean()
+
+
+class _PrecomputedGrad(torch.autograd.Function):
+    """Return a value whose gradients by student and prototypes are known already."""
+
+    @staticmethod
+    def forward(ctx, value, grad_student, grad_prototypes, student, prototypes):
+        ctx.gradients = grad_student, grad_prototypes
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of prototype_loss serve one backward only")
+        grad_student, grad_prototypes = ctx.gradients
+        ctx.gradients = None  # they are large
+        return None, None, None, grad_student.mul_(outer), grad_prototypes.mul_(outer)
