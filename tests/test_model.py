@@ -2,16 +2,18 @@
 
 import argparse
 import importlib.util
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import tiny_config
 
 import model
-from configurator import UsageError
-from conftest import tiny_config
-from draws import kept_branches
+from lib import rng, weights
+from lib.config import UsageError
+from lib.run import Run
 
 
 def dino_vit_shapes(dim, depth, img_size, patch_size):
@@ -92,7 +94,7 @@ def test_unknown_backbone_lists_the_known_and_the_nearest(wrong, hint):
     )
 
 
-def test_vit_computes_what_the_textbook_says():
+def test_vit_computes_what_its_formulas_say():
     """Attention, MLP and residuals written out with loops over heads, in float64."""
     torch.manual_seed(0)
     vit = model.build_backbone("vit_micro", 32, 8).double()
@@ -130,18 +132,29 @@ def test_vit_takes_any_grid(h, w):
 def test_a_patch_that_does_not_divide_is_refused():
     with pytest.raises(UsageError, match="multiple of patch_size=16: take 96"):
         model.build_backbone("vit_tiny", 100, 16)
-    with pytest.raises(UsageError, match="30x32.*patch_size=8"):
+    with pytest.raises(UsageError, match=r"height=30.*patch_size=8"):
         model.build_backbone("vit_micro", 32, 8)(torch.zeros(1, 3, 30, 32))
 
 
-def test_drop_path_drops_by_its_draws_and_keeps_the_expectation():
+def drop_path_scales(backbone, seeds, views):
+    run = types.SimpleNamespace(network=types.SimpleNamespace(backbone=backbone))
+    return Run.drop_path_scales(run, seeds, views)
+
+
+def scales_of(monkeypatch, backbone, u):
+    """Return drop_path_scales of one view for the uniforms u (B, depth, 2)."""
+    monkeypatch.setattr(rng, "uniforms", lambda seeds, n: u.flatten(1)[None])
+    [scale] = drop_path_scales(backbone, torch.arange(len(u)), [torch.zeros(1, len(u))])
+    return scale[0]
+
+
+def test_drop_path_drops_by_its_uniforms_and_keeps_the_expectation(monkeypatch):
     torch.manual_seed(0)
     block = model.Block(16, 2)
     x = torch.randn(4, 5, 16)
-    draws = torch.tensor([[0.1, 0.1], [0.9, 0.9], [0.1, 0.9], [0.25, 0.24]])
-    first, last = kept_branches(
-        draws[:, None].expand(-1, 2, -1), 0.25, 2
-    )  # a network of two blocks
+    u = torch.tensor([[0.1, 0.1], [0.9, 0.9], [0.1, 0.9], [0.25, 0.24]])
+    two_blocks = types.SimpleNamespace(drop_path=0.25, blocks=[block, block])
+    first, last = scales_of(monkeypatch, two_blocks, u[:, None].expand(-1, 2, -1)).unbind(1)
     assert torch.equal(first, torch.ones(4, 2))
     out = block(x, last)
     assert torch.equal(out[0], x[0])
@@ -150,15 +163,27 @@ def test_drop_path_drops_by_its_draws_and_keeps_the_expectation():
     torch.testing.assert_close(out[1], (middle + block.mlp(block.norm2(middle)) / 0.75)[1])
     torch.testing.assert_close(out[2], (x + block.mlp(block.norm2(x)) / 0.75)[2])
     torch.testing.assert_close(block(x), block(x, first))
-    middle, last = (kept_branches(torch.full((1, 6, 2), 0.15), 0.5, 6)[i] for i in (2, 5))
-    (
-        torch.testing.assert_close(middle, torch.zeros(1, 2)),
-        torch.testing.assert_close(last, torch.zeros(1, 2)),
-    )  # rates of 0.2 and 0.5
-    vit, images = model.build_backbone("vit_micro", 32, 8, drop_path=0.5), torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(
-        vit(images, torch.zeros(4, 6, 2) + 0.6), with_every_branch_scaled(vit, images)
-    )
+    vit = model.build_backbone("vit_micro", 32, 8, drop_path=0.5)
+    scale = scales_of(monkeypatch, vit, torch.full((1, 6, 2), 0.15))
+    for i in (2, 5):  # rates of 0.2 and 0.5
+        torch.testing.assert_close(scale[:, i], torch.zeros(1, 2))
+    images = torch.randn(4, 3, 32, 32)
+    scale = scales_of(monkeypatch, vit, torch.zeros(4, 6, 2) + 0.6)
+    torch.testing.assert_close(vit(images, scale), with_every_branch_scaled(vit, images))
+
+
+def test_drop_path_is_a_function_of_sample_and_view():
+    vit = model.build_backbone("vit_micro", 32, 8, drop_path=0.5)
+    views = [torch.zeros(2, 3, 1), torch.zeros(4, 3, 1)]
+    seeds = torch.tensor([5, 6, 7])
+    scales = drop_path_scales(vit, seeds, views)
+    assert [scale.shape for scale in scales] == [(2, 3, 6, 2), (4, 3, 6, 2)]
+    flat = torch.cat(scales).flatten(2)
+    assert len(flat.flatten(0, 1).unique(dim=0)) == 18
+    alone = drop_path_scales(vit, seeds[1:2], views)
+    assert torch.equal(torch.cat(alone), torch.cat(scales)[:, 1:2])
+    vit.drop_path = 0.0
+    assert drop_path_scales(vit, seeds, views) is None
 
 
 def with_every_branch_scaled(vit, images):
@@ -216,22 +241,74 @@ def test_network_over_views_is_the_network_view_by_view():
         tiny_config(out_dim=24, out_dim_ef=12, head_hidden=16, head_bottleneck=8)
     ).eval()
     views = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
-    ir, ef = net(views)
-    assert ir.shape == ef.shape == (6, 3, 8)  # unit vectors in front of the prototypes
-    ir, ef = net.head_ir.last_layer(ir), net.head_ef.last_layer(ef)
+    out = net(views)
+    assert out.ir.shape == out.ef.shape == (6, 3, 8)  # unit vectors in front of the prototypes
+    assert out.z_ir.shape == (6, 3, 102) and out.z_ef.shape == (6, 3, 26)
+    ir = net.head_ir.last_layer(out.ir)
+    ef = net.head_ef.last_layer(out.ef)
     assert ir.shape == (6, 3, 24) and ef.shape == (6, 3, 12)
     for v, image in enumerate([*views[0], *views[1]]):
         z_ir, z_ef = model.split(net.backbone(image), 0.8)
         torch.testing.assert_close(ir[v], net.head_ir(z_ir), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ef[v], net.head_ef(z_ef), atol=1e-5, rtol=1e-4)
-    dino = model.build_network(tiny_config(method="dino"))
-    assert dino(views)[1] is None and dino.head_ir.mlp[0].in_features == 128
+        torch.testing.assert_close(out.z_ir[v], z_ir, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out.z_ef[v], z_ef, atol=1e-5, rtol=1e-4)
+    dino = model.build_network(tiny_config(ratio=1.0))
+    assert dino(views).ef is None and dino.head_ir.mlp[0].in_features == 128
 
 
-# ------------------------------------------------------------------------------------------------ files
+def convnext_tiny(img_size, patch_size, drop_path, stochastic_depth=0.0):
+    backbone = torchvision.models.convnext_tiny(stochastic_depth_prob=stochastic_depth)
+    backbone.classifier[2] = torch.nn.Identity()
+    backbone.dim, backbone.stride = 768, 32
+    return backbone
 
 
-def test_foreign_files_load_strictly(tmp_path):
+class SeededDropout(torch.nn.Module):
+    """Random in evaluation mode, without torch's global generator."""
+
+    dim, stride = 4, 1
+
+    def __init__(self, *_):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 4))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.mean((2, 3)) @ self.weight * self.calls
+
+
+def test_a_backbone_is_one_entry_and_a_stochastic_one_is_refused(monkeypatch):
+    monkeypatch.setitem(model.BACKBONES, "convnext_tiny", convnext_tiny)
+    backbone = model.build_backbone("convnext_tiny").eval()
+    assert backbone(torch.zeros(2, 3, 64, 32)).shape == (2, 768)
+
+    def stochastic(**sizes):
+        return convnext_tiny(**sizes, stochastic_depth=0.1)
+
+    for name, build in (("stochastic", stochastic), ("dropout", lambda **sizes: SeededDropout())):
+        monkeypatch.setitem(model.BACKBONES, name, build)
+        with pytest.raises(UsageError, match=f"backbone {name} uses random numbers of its own"):
+            model.build_backbone(name)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "resnet18", "vmamba_micro"])
+def test_building_a_backbone_leaves_its_buffers_and_the_generator_alone(name):
+    torch.manual_seed(1)
+    backbone = model.BACKBONES[name](img_size=32, patch_size=8, drop_path=0.1)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    checked = model.build_backbone(name, 32, 8, 0.1)
+    assert torch.equal(torch.rand(3), after)
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, checked.state_dict()[key]), key
+
+
+# --- files
+
+
+def test_third_party_files_load_strictly(tmp_path):
     torch.manual_seed(0)
     vit, resnet = model.build_backbone("vit_tiny", 64, 8), torchvision.models.resnet18()
     head = {f"head.{k}": v for k, v in model.ProjectionHead(192, 8, 4, 4).state_dict().items()}
@@ -258,7 +335,7 @@ def test_foreign_files_load_strictly(tmp_path):
     x = torch.randn(2, 3, 64, 64)
     for name, content in files.items():
         torch.save(content, tmp_path / "file.pt")
-        backbone, config = model.load_backbone(str(tmp_path / "file.pt"))
+        backbone, config = weights.load_backbone(str(tmp_path / "file.pt"))
         assert not backbone.training
         if "arch" in config and config["arch"] == "vit_tiny":
             assert (config["img_size"], config["patch_size"]) == (64, 8), name
@@ -269,7 +346,7 @@ def test_foreign_files_load_strictly(tmp_path):
                 backbone(x), resnet.eval()(x), msg=name, atol=1e-4, rtol=1e-4
             )
     torch.save(files["dino full"], tmp_path / "file.pt")
-    student, _ = model.load_backbone(str(tmp_path / "file.pt"), part="student")
+    student, _ = weights.load_backbone(str(tmp_path / "file.pt"), part="student")
     assert torch.equal(student.cls_token, vit.cls_token + 1)
 
 
@@ -310,7 +387,7 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path):
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / "file.pt")
         with pytest.raises(UsageError, match=message) as error:
-            model.load_backbone(
+            weights.load_backbone(
                 str(tmp_path / "file.pt"), part="student" if name == "no such part" else "teacher"
             )
         assert "\n" not in str(error.value) and "file.pt" in str(error.value), name
@@ -321,10 +398,10 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError) as error:
-            model.load_backbone(str(tmp_path / name))
+            weights.load_backbone(str(tmp_path / name))
         assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="No such file"):
-        model.load_backbone(str(tmp_path / "nowhere.pt"))
+        weights.load_backbone(str(tmp_path / "nowhere.pt"))
 
 
 @pytest.mark.skipif(
@@ -342,8 +419,8 @@ def test_backbone_is_timms(tmp_path):
 
 def test_save_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    model.save_atomically({"a": torch.ones(2)}, str(path))
+    weights.save_atomically({"a": torch.ones(2)}, str(path))
     monkeypatch.setattr(torch, "save", lambda obj, file: (file.write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        model.save_atomically({"a": torch.zeros(2)}, str(path))
-    assert torch.equal(model.read_checkpoint(str(path))["a"], torch.ones(2))
+        weights.save_atomically({"a": torch.zeros(2)}, str(path))
+    assert torch.equal(weights.read_checkpoint(str(path))["a"], torch.ones(2))
