@@ -1,4 +1,4 @@
-"""What the tests share: a small folder of images, the command lines of a tiny run, where the optional real data lie."""
+"""What the tests share: a small folder of images, tiny runs, where the optional real data lie."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ import torchvision
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, os.cpu_count()))
-import probe  # noqa: E402
+from lib import machine  # noqa: E402
 
-probe.choose_precision(
-    "auto", torch.device("cpu")
-)  # before the first operation: it sees to processors that announce what they cannot do
+CPU = torch.device("cpu")
+# before the first operation: it limits processors that announce what they cannot do
+machine.choose_precision("auto", CPU)
+HERE = machine.Here(0, 1, CPU, "fp32", nullcontext)
 SHARED = ROOT.parent / "shared" / "data"
 
 TINY = dict(
@@ -40,7 +42,7 @@ TINY = dict(
     device="cpu",
     precision="fp32",
     lr=2e-3,
-    ema=0.9,
+    teacher_momentum=0.9,
 )
 
 
@@ -62,12 +64,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """train/CLASS/*.png (10 classes x 8) and val/CLASS/*.png (10 x 4) of 32 px, the built-in shapes written out."""
-    import data
+    """Write the built-in shapes as train/CLASS/*.png (10 classes x 8) and val (10 x 4), 32 px."""
+    from lib.shapes import shapes
 
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 80), ("val", 40)):
-        images = data.shapes(split, 32, count)
+        images = shapes(split, 32, count)
         for i in range(count):
             path = root / split / images.classes[images.labels[i]] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,25 +79,28 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def scans_put_back(monkeypatch):
-    """Compiling takes vmamba's scans out of every graph for good; after the test they are as before."""
+    """Undo after the test that compiling takes vmamba's scans out of every graph for good."""
     import vmamba
 
     for name in ("scan_loop", "scan_torch", "scan_triton"):
         monkeypatch.setattr(vmamba, name, getattr(vmamba, name))
 
 
-def arguments(**knobs):
-    return [f"--{name}={value}" for name, value in {**TINY, **knobs}.items()]
+def arguments(**options):
+    return [f"--{name}={value}" for name, value in {**TINY, **options}.items()]
 
 
-def tiny_config(**knobs):
-    from configurator import Config
+def tiny_config(**options):
+    from lib.config import Config
 
-    return Config(**{**TINY, **knobs})
+    return Config(**{**TINY, **options})
 
 
 def run_script(*command, processes=1, check=True, timeout=300, **environment):
-    """Run a script of the project, under torchrun for more than one process -> CompletedProcess with its text output."""
+    """Run a script of the project, under torchrun for more than one process.
+
+    Returns a CompletedProcess with its text output.
+    """
     launcher = [sys.executable]
     if processes > 1:
         launcher += [
@@ -117,9 +122,8 @@ def run_script(*command, processes=1, check=True, timeout=300, **environment):
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)
-        except (
-            subprocess.TimeoutExpired
-        ):  # say where each process stands: faulthandler prints the stacks of one that is aborted
+        except subprocess.TimeoutExpired:
+            # say where each process stands: faulthandler prints the stacks of one that is aborted
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             if children:
                 process.send_signal(signal.SIGSTOP)  # torchrun would end the other ranks

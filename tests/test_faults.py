@@ -1,6 +1,9 @@
-"""What can spoil a run, done to it: killed, told to end, out of disk, out of numbers, restarted otherwise; and what a user may get wrong.
+"""What can spoil a run, done to it; and what a user may get wrong.
 
-pytest -m faults"""
+Killed, told to end, out of disk, out of numbers, restarted otherwise.
+
+    pytest -m faults
+"""
 
 import json
 import os
@@ -15,17 +18,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import HERE, ROOT, arguments, run_script, tiny_config
 from PIL import Image
+from test_train import assert_same, logged, state
 
-import data
 import eval_downstream
 import eval_linear
 import eval_seg
-import probe
 import train
-from configurator import UsageError
-from conftest import ROOT, arguments, run_script, tiny_config
-from test_train import assert_same, logged, state
+from augment import center_crop
+from lib import data
+from lib.config import UsageError
+from lib.run import Run
+from lib.rundir import RunDir
 
 pytestmark = pytest.mark.faults
 RUN = dict(epochs=4, save_every=2, log_every=1, drop_path=0.2, eval_every=2, workers=1)  # 20 steps
@@ -85,7 +90,7 @@ def assert_the_same_run(expected, got, log=True):
         assert logged(expected, name) == logged(got, name), name
 
 
-# ------------------------------------------------------------------------------------------------ killed
+# --- killed
 
 
 @pytest.mark.parametrize(
@@ -94,9 +99,9 @@ def assert_the_same_run(expected, got, log=True):
 def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
     folder, tmp_path, whole, processes, precision, kills
 ):
-    """SIGKILL at 20 moments of chance in all, to the process or to one of two ranks: weights and log bit for bit."""
+    """SIGKILL at 20 random moments in all, to the process or one of two ranks: bit for bit."""
     expected, rng, done = whole(processes, precision), random.Random(processes), 0
-    for attempt in range(40):
+    for _ in range(40):
         process = launched(
             "train.py",
             *arguments(data=folder, out_dir=tmp_path, precision=precision, **RUN),
@@ -142,11 +147,13 @@ def ranks_of(process):
 
 @pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 6)])
 def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, number):
-    knobs = arguments(data=folder, out_dir=tmp_path, **RUN)
-    assert ended(launched("tests/inject.py", f"die:{call}:{number}", *knobs))[0] == -signal.SIGKILL
+    options = arguments(data=folder, out_dir=tmp_path, **RUN)
+    assert (
+        ended(launched("tests/inject.py", f"die:{call}:{number}", *options))[0] == -signal.SIGKILL
+    )
     step = state(tmp_path)["step"]  # there is a whole one
     assert 2 <= step < 12
-    assert ended(launched("train.py", *knobs))[0] == 0
+    assert ended(launched("train.py", *options))[0] == 0
     assert_the_same_run(whole(), tmp_path)
 
 
@@ -166,7 +173,7 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_pat
     assert_the_same_run(whole(2), tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ told to end
+# --- told to end
 
 
 @pytest.mark.parametrize(
@@ -176,8 +183,8 @@ def test_told_to_end_it_saves_within_a_step_and_continues(
     folder, tmp_path, whole, number, processes
 ):
     """The whole process group is told, loading workers too, as Slurm and a terminal do it."""
-    knobs = arguments(data=folder, out_dir=tmp_path, **{**RUN, "save_every": 0})
-    process = launched("train.py", *knobs, processes=processes)
+    options = arguments(data=folder, out_dir=tmp_path, **{**RUN, "save_every": 0})
+    process = launched("train.py", *options, processes=processes)
     while process.poll() is None and reached(tmp_path) < 2:
         time.sleep(0.01)
     told_at = reached(tmp_path)
@@ -193,11 +200,11 @@ def test_told_to_end_it_saves_within_a_step_and_continues(
     assert (
         told_at <= state(tmp_path)["step"] <= told_at + 3
     )  # a step may have ended while we looked
-    assert ended(launched("train.py", *knobs, processes=processes))[0] == 0
+    assert ended(launched("train.py", *options, processes=processes))[0] == 0
     assert_the_same_run(whole(processes), tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ disk
+# --- disk
 
 
 def test_a_full_disk_costs_no_step(folder, tmp_path, whole):
@@ -218,11 +225,11 @@ def test_a_full_disk_costs_no_step(folder, tmp_path, whole):
 
 
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(folder, tmp_path, whole):
-    knobs = arguments(data=folder, out_dir=tmp_path, **RUN)
-    code, errors = ended(launched("tests/inject.py", "full:17:1000", *knobs))
+    options = arguments(data=folder, out_dir=tmp_path, **RUN)
+    code, errors = ended(launched("tests/inject.py", "full:17:1000", *options))
     assert code == 2 and "make room" in errors and "Traceback" not in errors, errors
     assert state(tmp_path)["step"] == 16
-    assert ended(launched("train.py", *knobs))[0] == 0
+    assert ended(launched("train.py", *options))[0] == 0
     assert_the_same_run(whole(), tmp_path)
 
 
@@ -289,22 +296,27 @@ def test_a_run_is_not_begun_in_a_read_only_folder(folder, tmp_path):
 def test_a_line_cut_short_by_a_full_disk_is_taken_back(tmp_path, capsys):
     """The limit falls into the second line: half of it is written before the system refuses."""
     path = tmp_path / "log.jsonl"
-    train.log(str(path), True, step=1, loss=2.0)
+    folder = RunDir(train.make_run(tiny_config(out_dir=str(tmp_path)), 5, HERE), 80)
+    folder.log(step=1, loss=2.0)
     whole, limits = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, limits[1]))
     try:
-        train.log(str(path), True, step=2, loss=2.0)
+        folder.log(step=2, loss=2.0)
         assert path.read_text() == whole and "step 2 is not in" in capsys.readouterr().out
-        train.log(str(tmp_path / "empty.jsonl"), True, step=0, words="far too long" * 20)
-        assert train.first_line(str(tmp_path / "empty.jsonl")) == {}
+        path.unlink()
+        folder.log(step=0, words="far too long" * 20)
+        assert folder.records() == []
+        path.write_text(whole)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    train.log(str(path), True, step=3, loss=2.0)
-    train.keep_log_until(str(path), 3)
+    folder.log(step=3, loss=2.0)
+    folder.log(step=4, loss=2.0)
+    folder.step = 3
+    folder.cut_log()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
         1,
         3,
-    ] and train.first_line(str(path))["step"] == 1
+    ] and folder.records()[0]["step"] == 1
 
 
 def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
@@ -317,19 +329,25 @@ def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
     assert_the_same_run(whole(), tmp_path / "run", log=False)
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# --- numbers
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet18"])
 def test_a_step_that_is_not_finite_moves_nothing(folder, monkeypatch, optimizer, arch):
     config, images = (
-        tiny_config(optimizer=optimizer, arch=arch, freeze_last_layer=0, warmup_epochs=0, ema=1.0),
+        tiny_config(
+            optimizer=optimizer,
+            arch=arch,
+            freeze_last_layer=0,
+            warmup_epochs=0,
+            teacher_momentum=1.0,
+        ),
         data.open_images(str(folder), "train"),
     )
-    run = train.make_run(config, 5, torch.device("cpu"))
-    batch = next(iter(data.train_loader(images, config, 0, 1, 0, 1, torch.device("cpu"))))[:3]
-    views_of = train.views_of
+    run = train.make_run(config, 5, HERE)
+    batch = next(iter(data.train_loader(images, config, 0, 1, HERE)))
+    views_of = Run.views
     for step, bad in enumerate((True, False, True, True)):
         before = {name: p.detach().clone() for name, p in run.network.named_parameters()}
         moments = [
@@ -337,12 +355,9 @@ def test_a_step_that_is_not_finite_moves_nothing(folder, monkeypatch, optimizer,
             for s in run.optimizer.state.values()
         ]
         centers = {name: center.clone() for name, center in run.centers.items()}
-        monkeypatch.setattr(
-            train,
-            "views_of",
-            lambda *a: [v * float("nan") for v in views_of(*a)] if bad else views_of(*a),
-        )
-        train.train_step(run, step, *batch)
+        scale = float("nan") if bad else 1.0
+        monkeypatch.setattr(Run, "views", lambda *a, x=scale: [v * x for v in views_of(*a)])
+        train.train_step(run, step, batch)
         assert (
             all(
                 torch.equal(p, before[name])
@@ -369,20 +384,22 @@ def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_co
         tiny_config(freeze_last_layer=0, warmup_epochs=0, out_dir=str(tmp_path)),
         data.open_images(str(folder), "train"),
     )
-    run = train.make_run(config, 5, torch.device("cpu"))
-    batch = next(iter(data.train_loader(images, config, 0, 1, 0, 1, torch.device("cpu"))))[:3]
+    run = train.make_run(config, 5, HERE)
+    batch = next(iter(data.train_loader(images, config, 0, 1, HERE)))
     handle = run.network.backbone.norm.weight.register_hook(
         lambda gradient: gradient * float("inf")
     )
-    train.train_step(run, 0, *batch)
+    train.train_step(run, 0, batch)
     assert run.skipped.tolist() == [1, 1] and not any(
         center.any() for center in run.centers.values()
     )
-    train.save(run, 1, 80)
-    again = train.make_run(config, 5, torch.device("cpu"))
-    assert train.restore(again, 80) == 1 and again.skipped.tolist() == [1, 1]
+    RunDir(run, 80).save(1)
+    again = train.make_run(config, 5, HERE)
+    restored = RunDir(again, 80)
+    restored.restore()
+    assert restored.step == 1 and again.skipped.tolist() == [1, 1]
     handle.remove()
-    train.train_step(run, 1, *batch)
+    train.train_step(run, 1, batch)
     assert run.skipped.tolist() == [1, 0] and all(center.any() for center in run.centers.values())
 
 
@@ -397,7 +414,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both_and_counted(fo
     )
     assert code == 0, errors
     assert (
-        logged(tmp_path, "skipped") == {step: 1 for step in range(7, 21)}
+        logged(tmp_path, "skipped") == dict.fromkeys(range(7, 21), 1)
         and state(tmp_path)["step"] == 20
     )
     assert all(np.isfinite(loss) for step, loss in logged(tmp_path).items() if step != 7)
@@ -415,7 +432,8 @@ def test_many_in_a_row_stop_the_run_and_name_step_and_samples(folder, tmp_path):
     [schedule] = data.Schedule(80, 16, 0, 6, 7)
     assert (
         code != 0
-        and f"steps 6 to 8: no gradient was finite, all were skipped; step 6 saw samples {schedule[0][1]}, {schedule[1][1]}"
+        and "steps 6 to 8: no gradient was finite, all were skipped; step 6 saw samples "
+        f"{schedule[0][1]}, {schedule[1][1]}"
         in errors
     ), errors
     assert state(tmp_path)["step"] == 8 and all(
@@ -423,22 +441,22 @@ def test_many_in_a_row_stop_the_run_and_name_step_and_samples(folder, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------ started otherwise
+# --- started otherwise
 
 
 def test_other_ranks_workers_and_accumulation_after_a_restart_are_the_same_run(folder, tmp_path):
-    knobs = dict(RUN, optimizer="sgd", lr=0.02, freeze_last_layer=0)
-    run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a", **knobs))
+    options = dict(RUN, optimizer="sgd", lr=0.02, freeze_last_layer=0)
+    run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a", **options))
     code, errors = ended(
         launched(
-            "tests/inject.py", "term:6", *arguments(data=folder, out_dir=tmp_path / "b", **knobs)
+            "tests/inject.py", "term:6", *arguments(data=folder, out_dir=tmp_path / "b", **options)
         )
     )
     assert code == 143, errors
     run_script(
         "tests/inject.py",
         "term:13",
-        *arguments(data=folder, out_dir=tmp_path / "b", **dict(knobs, workers=2)),
+        *arguments(data=folder, out_dir=tmp_path / "b", **dict(options, workers=2)),
         processes=2,
         check=False,
     )
@@ -446,7 +464,7 @@ def test_other_ranks_workers_and_accumulation_after_a_restart_are_the_same_run(f
     run_script(
         "train.py",
         *arguments(
-            data=folder, out_dir=tmp_path / "b", **dict(knobs, workers=0, max_batch_per_gpu=4)
+            data=folder, out_dir=tmp_path / "b", **dict(options, workers=0, max_batch_per_gpu=4)
         ),
     )
     assert logged(tmp_path / "a") == pytest.approx(logged(tmp_path / "b"), rel=1e-4)
@@ -456,11 +474,11 @@ def test_other_ranks_workers_and_accumulation_after_a_restart_are_the_same_run(f
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(folder, tmp_path):
-    knobs = arguments(data=folder, out_dir=tmp_path, **RUN)
-    first = launched("train.py", *knobs)
+    options = arguments(data=folder, out_dir=tmp_path, **RUN)
+    first = launched("train.py", *options)
     while first.poll() is None and reached(tmp_path) < 1:
         time.sleep(0.01)
-    second = run_script("train.py", *knobs, check=False)
+    second = run_script("train.py", *options, check=False)
     if first.poll() is None:
         assert (
             second.returncode == 2
@@ -468,10 +486,10 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(f
             and second.stderr.count("\n") == 1
         )
     assert ended(first)[0] == 0
-    assert "is finished: nothing to train" in run_script("train.py", *knobs).stdout
+    assert "is finished: nothing to train" in run_script("train.py", *options).stdout
 
 
-# ------------------------------------------------------------------------------------------------ what a user may get wrong
+# --- what a user may get wrong
 
 
 def jpeg(path, size=(24, 20), **how):
@@ -545,9 +563,9 @@ def test_images_as_they_are_found(tmp_path, name):
         assert tuple(image.shape) == shape and image.dtype == torch.uint8
         config = tiny_config(batch_size=1)
         images = data.Images(lambda i: image, torch.tensor([0]), ["a"], lambda i: name)
-        crops = next(iter(data.train_loader(images, config, 0, 1, 0, 1, torch.device("cpu"))))
+        crops = next(iter(data.train_loader(images, config, 0, 1, HERE)))
         assert crops[0].shape == (1, 2, 3, 32, 32) and crops[4] == []
-        assert data.center_crop(image, 32).shape == (3, 32, 32)
+        assert center_crop(image, 32).shape == (3, 32, 32)
     else:
         with pytest.raises(data.UNREADABLE) as error:
             data.decode(path)
@@ -573,15 +591,19 @@ def config_file(t, text):
     return written(t / "config.py", text.encode())
 
 
-TRAIN, PROBE, LINEAR, SEG, DOWN = (
-    train.main,
-    probe.main,
-    eval_linear.main,
-    eval_seg.main,
-    lambda argv: eval_downstream.main(["--task=semi10", *argv]),
-)
+def PROBE(argv):
+    eval_linear.main(["--protocol=ridge", *argv])
+
+
+def DOWN(argv):
+    eval_downstream.main(["--task=semi10", *argv])
+
+
+TRAIN = train.main
+LINEAR = eval_linear.main
+SEG = eval_seg.main
 MISTAKES = {  # (script, its arguments, what the one line says)
-    "a mistyped knob": (TRAIN, lambda t: ["--ratoi=0.7"], "did you mean 'ratio'"),
+    "a mistyped option": (TRAIN, lambda t: ["--ratoi=0.7"], "did you mean 'ratio'"),
     "no value": (TRAIN, lambda t: ["--ratio"], "write it --ratio=value"),
     "a word for a number": (TRAIN, lambda t: ["--epochs=many"], "must be of type int"),
     "not a number": (TRAIN, lambda t: ["--lr=nan"], "must be of type float"),
@@ -591,7 +613,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
         "must be of type float",
     ),
     "a number too deep": (TRAIN, lambda t: ["--lr=" + "(" * 500], "must be of type float"),
-    "out of range": (TRAIN, lambda t: ["--ratio=1.5"], "must lie between"),
+    "out of range": (TRAIN, lambda t: ["--ratio=1.5"], "must be between"),
     "an unknown method": (TRAIN, lambda t: ["--method=byol"], "choose from clever, dino"),
     "a mistyped backbone": (TRAIN, lambda t: ["--arch=resnet81"], "did you mean 'resnet"),
     "local crops for two views": (TRAIN, lambda t: ["--method=simsiam"], "--local_crops=0"),
@@ -609,7 +631,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "a config of another project": (
         TRAIN,
         lambda t: [str(config_file(t, "learning_rate = 1"))],
-        "unknown knob 'learning_rate'",
+        "unknown option 'learning_rate'",
     ),
     "no such folder": (TRAIN, lambda t: [f"--data={t / 'nowhere'}"], "no such folder"),
     "an empty folder": (TRAIN, lambda t: [f"--data={t}"], "no images in it"),

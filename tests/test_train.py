@@ -1,4 +1,7 @@
-"""Training as a user runs it: schedules, one process equals two, it continues bit for bit, it learns, mistakes are one line (tests of faults: test_faults.py)."""
+"""Training as a user runs it: schedules, the step, ranks, resuming, learning, mistakes.
+
+Faults: test_faults.py.
+"""
 
 import json
 import os
@@ -6,19 +9,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import CPU, HERE, arguments, run_script, tiny_config
 
-import data
 import losses
 import train
 from augment import augment_views
-from configurator import UsageError
-from conftest import arguments, run_script, tiny_config
-
-CPU = torch.device("cpu")
+from lib import collapse, data, machine, monitor
+from lib import run as run_module
+from lib.config import RENAMED, UsageError
+from lib.rundir import RunDir
 
 
 def batch_of(images, config, step=0):
-    return next(iter(data.train_loader(images, config, step, step + 1, 0, 1, CPU)))[:3]
+    return next(iter(data.train_loader(images, config, step, step + 1, HERE)))
 
 
 def state(out_dir):
@@ -35,12 +38,7 @@ def assert_same(a, b, path="", **tolerance):
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for name in a:
-            if name not in (
-                "out_dir",
-                "workers",
-                "log_every",
-                "save_every",
-            ):  # which change nothing
+            if name not in ("out_dir", "workers", "log_every", "save_every"):  # change nothing
                 assert_same(a[name], b[name], f"{path}/{name}", **tolerance)
     elif isinstance(a, (list, tuple)):
         for i, pair in enumerate(zip(a, b, strict=True)):
@@ -53,7 +51,7 @@ def assert_same(a, b, path="", **tolerance):
         assert a == b or tolerance, path
 
 
-# ------------------------------------------------------------------------------------------------ schedules and the step
+# --- schedules and the step
 
 
 def test_schedules_at_their_ends():
@@ -79,29 +77,34 @@ def test_schedules_at_their_ends():
 
 
 @pytest.mark.parametrize("method", ["clever", "dino"])
-def test_a_step_is_the_textbooks_step(folder, method):
-    """Loss by the loop over pairs, AdamW, clip, EMA and centre written out; weights, teacher and centres agree after two steps."""
-    from test_losses import CROSS_ENTROPY, DOT, textbook
+def test_a_step_is_the_reference_step(folder, method):
+    """Loss by the loop over pairs, AdamW, clip, EMA and center written out, for two steps."""
+    from test_losses import CROSS_ENTROPY, DOT, reference
 
     config = tiny_config(
-        method=method, drop_path=0.0, clip=0.05, freeze_last_layer=0, lam=0.01, warmup_epochs=0
+        method=method,
+        drop_path=0.0,
+        clip_grad=0.05,
+        freeze_last_layer=0,
+        lambda_preg=0.01,
+        warmup_epochs=0,
     )
     images = data.open_images(str(folder), "train")
-    run, slow = train.make_run(config, 5, CPU), train.make_run(config, 5, CPU)
+    run, slow = train.make_run(config, 5, HERE), train.make_run(config, 5, HERE)
     student, teacher, centers = slow.network, slow.teacher, slow.centers
     moments = {
         name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in student.named_parameters()
     }
     for step in range(2):
         batch = batch_of(images, config, step)
-        got = train.train_step(run, step, *batch)
+        got = train.train_step(run, step, batch)
 
-        views = augment_views(*batch, slow.recipe)
+        views = augment_views(*batch[:3], slow.recipe)
         s, t = (
-            [head.last_layer(unit) for head, unit in zip(net.heads.values(), net(seen))]
+            [head.last_layer(getattr(net(seen), name)) for name, head in net.heads.items()]
             for net, seen in ((student, views), (teacher, views[:1]))
         )
-        loss = textbook(s[0], t[0], centers["ir"], 0.1, 0.04, CROSS_ENTROPY)
+        loss = reference(s[0], t[0], centers["ir"], 0.1, 0.04, CROSS_ENTROPY)
         if method == "clever":
             norms = [
                 sum((p**2).sum() for p in head.parameters())
@@ -109,7 +112,7 @@ def test_a_step_is_the_textbooks_step(folder, method):
             ]
             loss = (
                 loss
-                + textbook(s[1], t[1], centers["ef"], 0.1, 0.04, DOT)
+                + reference(s[1], t[1], centers["ef"], 0.1, 0.04, DOT)
                 + 0.01 * (norms[1] - norms[0]).abs()
             )
         student.zero_grad()
@@ -149,17 +152,17 @@ def test_a_step_is_the_textbooks_step(folder, method):
 
 def test_the_last_layer_stands_still_at_first_and_teacher_needs_no_gradient(folder):
     config = tiny_config(freeze_last_layer=1, warmup_epochs=0)
-    run = train.make_run(config, 1, CPU)
+    run = train.make_run(config, 1, HERE)
     before = (
         run.network.head_ef.last_layer.weight_v.clone(),
         run.network.head_ef.mlp[0].weight.clone(),
     )
-    train.train_step(run, 0, *batch_of(data.open_images(str(folder), "train"), config))
+    train.train_step(run, 0, batch_of(data.open_images(str(folder), "train"), config))
     assert torch.equal(before[0], run.network.head_ef.last_layer.weight_v) and not torch.equal(
         before[1], run.network.head_ef.mlp[0].weight
     )
     assert not any(p.requires_grad for p in run.teacher.parameters())
-    train.train_step(run, 1, *batch_of(data.open_images(str(folder), "train"), config))
+    train.train_step(run, 1, batch_of(data.open_images(str(folder), "train"), config))
     assert not torch.equal(before[0], run.network.head_ef.last_layer.weight_v)
 
 
@@ -175,18 +178,18 @@ def test_accumulation_is_the_whole_batch(folder):
             optimizer="sgd",
             lr=0.1,
         )
-        run = train.make_run(config, 5, CPU)
-        terms = train.train_step(run, 0, *batch_of(images, config))
+        run = train.make_run(config, 5, HERE)
+        terms = train.train_step(run, 0, batch_of(images, config))
         results.append((terms, dict(run.network.state_dict()), run.centers))
     assert_same(results[0], results[1], rtol=1e-4, atol=1e-6)
-    assert [
-        train.micro_batch(share, tiny_config(max_batch_per_gpu=most))
-        for share, most in ((16, 5), (12, 5), (7, 3), (8, 99))
-    ] == [4, 4, 1, 8]
+    batch = batch_of(images, tiny_config())
+    for share, most, size in ((16, 5, 4), (12, 5, 4), (7, 3, 1), (8, 99, 8)):
+        parts = data.split_batch(data.Batch(*(x[:share] for x in batch)), most)
+        assert [len(part.seeds) for part in parts] == [size] * (share // size)
 
 
-def test_regularised_parameters_are_the_matrices():
-    run = train.make_run(tiny_config(arch="resnet18"), 1, CPU)
+def test_regularized_parameters_are_the_matrices():
+    run = train.make_run(tiny_config(arch="resnet18"), 1, HERE)
     decaying, free = (group["params"] for group in run.optimizer.param_groups)
     assert all(p.ndim > 1 for p in decaying) and all(p.ndim == 1 for p in free)
     assert len(decaying) + len(free) == sum(p.requires_grad for p in run.network.parameters())
@@ -195,9 +198,10 @@ def test_regularised_parameters_are_the_matrices():
 def test_bfloat16_step_is_close_to_float32(folder):
     images, terms = data.open_images(str(folder), "train"), []
     for precision in ("fp32", "bf16"):
-        config = tiny_config(precision=precision, drop_path=0.0)
-        run = train.make_run(config, 5, CPU)
-        terms.append(train.train_step(run, 0, *batch_of(images, config)))
+        config = tiny_config(drop_path=0.0)
+        _, autocast = machine.choose_precision(precision, CPU)
+        run = train.make_run(config, 5, HERE._replace(precision=precision, autocast=autocast))
+        terms.append(train.train_step(run, 0, batch_of(images, config)))
         assert all(p.dtype == torch.float32 for p in run.network.parameters())
     for name in ("L_CL", "L_Orth", "L_PReg"):
         torch.testing.assert_close(terms[0][name], terms[1][name], rtol=0.02, atol=1e-3)
@@ -211,10 +215,10 @@ def test_compiled_step_is_the_eager_step(folder):
     images, terms = data.open_images(str(folder), "train"), []
     for compiled in (False, True):
         config = tiny_config(compile=compiled, warmup_epochs=0)
-        run = train.make_run(config, 5, CPU)
+        run = train.make_run(config, 5, HERE)
         terms.append(
             [
-                train.train_step(run, step, *batch_of(images, config, step))["loss"]
+                train.train_step(run, step, batch_of(images, config, step))["loss"]
                 for step in range(2)
             ]
         )
@@ -222,8 +226,11 @@ def test_compiled_step_is_the_eager_step(folder):
 
 
 def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
-    """Six graphs: the student's at two resolutions and the teacher's at one, and each again for the last block, which computes CLS alone. Not one a
-    block, which would compile for minutes."""
+    """Six graphs: the student's at two resolutions and the teacher's at one.
+
+    And each again for the last block, which computes CLS alone. Not one per block, which would
+    compile for minutes.
+    """
     from torch._dynamo.testing import CompileCounter
 
     counter, compile_module = CompileCounter(), torch.nn.Module.compile
@@ -234,21 +241,21 @@ def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
     )
     torch._dynamo.reset()
     config = tiny_config(compile=True, drop_path=0.3)
-    run = train.make_run(config, 5, CPU)
+    run = train.make_run(config, 5, HERE)
     for step in range(2):
-        train.train_step(run, step, *batch_of(data.open_images(str(folder), "train"), config, step))
-    train.evaluate(run, data.open_images(str(folder), "train"), None, 0)
+        train.train_step(run, step, batch_of(data.open_images(str(folder), "train"), config, step))
+    monitor.Monitor(run, data.open_images(str(folder), "train"), None).evaluate()
     assert (
         len(run.network.backbone.blocks) == 6 and counter.frame_count == 6
     )  # none for the evaluation
-    assert train.make_run(tiny_config(), 5, CPU).config.compile is False  # the CPU's default
+    assert train.make_run(tiny_config(), 5, HERE).config.compile is False  # the CPU's default
 
 
 @pytest.mark.parametrize("fails", ["forward", "backward"])
-def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails, scans_put_back):
+def test_a_block_that_fails_to_compile_runs_eagerly(folder, monkeypatch, fails, scans_put_back):
     """As on a GPU, where nobody has asked for it; with --compile=True it is an error."""
-    from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
 
     def refuse(graph, _):
         raise RuntimeError("no such instruction")
@@ -270,41 +277,41 @@ def test_what_cannot_be_compiled_is_done_without(folder, monkeypatch, fails, sca
     try:
         for wanted in (True, False):
             torch._dynamo.reset()
-            train.go_on_uncompiled(wanted)
-            run = train.make_run(config, 5, CPU)
+            run_module.fall_back_to_eager(wanted)
+            run = train.make_run(config, 5, HERE)
             with nullcontext() if wanted else pytest.raises(Exception, match="no such instruction"):
-                terms.append(train.train_step(run, 0, *batch_of(images, config))["loss"])
+                terms.append(train.train_step(run, 0, batch_of(images, config))["loss"])
     finally:
-        train.go_on_uncompiled(False), torch._dynamo.reset()
-    eager = train.train_step(train.make_run(tiny_config(), 5, CPU), 0, *batch_of(images, config))[
+        run_module.fall_back_to_eager(False), torch._dynamo.reset()
+    eager = train.train_step(train.make_run(tiny_config(), 5, HERE), 0, batch_of(images, config))[
         "loss"
     ]
     assert len(terms) == 1 and torch.equal(terms[0], eager)
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# --- processes
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         dict(),
         dict(method="dino"),
         dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005),
         dict(method="simsiam", local_crops=0),
-        dict(method="ddcl", local_crops=0, orth="cosine", lam=0.01),
+        dict(method="ddcl", local_crops=0, orth="cosine", lambda_preg=0.01),
     ],
-    ids=["vit", "vit dino", "resnet with synchronised batch norm", "vit simsiam", "vit ddcl"],
+    ids=["vit", "vit dino", "resnet with synchronized batch norm", "vit simsiam", "vit ddcl"],
 )
-def test_two_processes_are_one(folder, tmp_path, knobs):
-    # SGD: Adam's first steps are signs of gradients, which turn rounding into differences of the size of a step
+def test_two_processes_are_one(folder, tmp_path, options):
+    # SGD: Adam's first steps are signs of gradients, which turn rounding into whole steps
     common = dict(
         data=folder,
         epochs=1,
         warmup_epochs=0,
         optimizer="sgd",
         freeze_last_layer=0,
-        **{"lr": 0.02, **knobs},
+        **{"lr": 0.02, **options},
     )
     for processes in (1, 2):
         run_script(
@@ -317,9 +324,9 @@ def test_two_processes_are_one(folder, tmp_path, knobs):
     )  # logged to six digits
     for name in ("student", "teacher", "centers"):
         assert_same(state(tmp_path / "1")[name], state(tmp_path / "2")[name], rtol=1e-3, atol=2e-5)
-    judged = [logged(tmp_path / p, "knn_full") for p in "12"]
-    assert len(judged[0]) == 1 and list(judged[0].values()) == pytest.approx(
-        list(judged[1].values()), abs=5
+    evaluated = [logged(tmp_path / p, "knn_full") for p in "12"]
+    assert len(evaluated[0]) == 1 and list(evaluated[0].values()) == pytest.approx(
+        list(evaluated[1].values()), abs=5
     )
 
 
@@ -327,14 +334,16 @@ def test_two_processes_are_one(folder, tmp_path, knobs):
 def test_a_run_of_two_views_continues_bit_for_bit(folder, tmp_path, method):
     config = tiny_config(method=method, local_crops=0, warmup_epochs=0, out_dir=str(tmp_path))
     images = data.open_images(str(folder), "train")
-    whole = train.make_run(config, 5, CPU)
+    whole = train.make_run(config, 5, HERE)
     assert whole.teacher is whole.network and whole.centers == {}
-    train.train_step(whole, 0, *batch_of(images, config, 0))
-    train.save(whole, 1, len(images))
-    again = train.make_run(config, 5, CPU)
-    assert train.restore(again, len(images)) == 1
+    train.train_step(whole, 0, batch_of(images, config, 0))
+    RunDir(whole, len(images)).save(1)
+    again = train.make_run(config, 5, HERE)
+    folder = RunDir(again, len(images))
+    folder.restore()
+    assert folder.step == 1
     for run in (whole, again):
-        terms = train.train_step(run, 1, *batch_of(images, config, 1))
+        terms = train.train_step(run, 1, batch_of(images, config, 1))
     assert set(terms) == (
         {"loss", "L_CL"} if method == "simsiam" else {"loss", "L_CL", "L_Orth", "L_PReg"}
     )
@@ -343,14 +352,17 @@ def test_a_run_of_two_views_continues_bit_for_bit(folder, tmp_path, method):
 
 
 def test_simsiam_needs_its_stop_gradient(folder, monkeypatch):
-    """Its projections stay apart with the stop-gradient and fall onto one direction without it (batch norm forbids a single point)."""
+    """With it its projections stay apart, without it they fall onto one direction.
+
+    (Batch norm forbids a single point.)
+    """
     config = tiny_config(
         method="simsiam",
         local_crops=0,
         warmup_epochs=0,
         optimizer="sgd",
         lr=0.8,
-        clip=0.0,
+        clip_grad=0.0,
         weight_decay=0.0,
         weight_decay_end=0.0,
         epochs=12,
@@ -366,44 +378,47 @@ def test_simsiam_needs_its_stop_gradient(folder, monkeypatch):
                     -torch.cosine_similarity(predictions, projections.flip(0), dim=-1).mean()
                 ),
             )
-        run = train.make_run(config, 5, CPU)
+        run = train.make_run(config, 5, HERE)
         for step in range(60):
-            terms = train.train_step(run, step, *batch_of(images, config, step))
-        spread[stops] = train.collapse_watch(run, images)["rank_proj_ir"], terms["L_CL"].item()
+            terms = train.train_step(run, step, batch_of(images, config, step))
+        _, first = data.first_batch(images, config, 16)
+        metrics = collapse.metrics(run, first)
+        spread[stops] = metrics["rank_proj_ir"], terms["L_CL"].item()
     assert spread[False][0] < 1.5 < 2 < spread[True][0] and spread[False][1] < spread[True][1], (
         spread
     )
 
 
-def test_the_collapse_watch_takes_lengths_and_directions_apart(folder):
+def test_collapse_metrics_take_lengths_and_directions_apart(folder):
     images = data.open_images(str(folder), "train")
     for method, more in (("clever", {}), ("ddcl", dict(local_crops=0)), ("dino", {})):
-        run = train.make_run(tiny_config(method=method, **more), 5, CPU)
+        run = train.make_run(tiny_config(method=method, **more), 5, HERE)
         before = {name: value.clone() for name, value in run.network.state_dict().items()}
-        first = train.collapse_watch(run, images)
+        _, batch = data.first_batch(images, run.config, 16)
+        first = collapse.metrics(run, batch)
         assert all(
             torch.equal(value, before[name]) for name, value in run.network.state_dict().items()
         )  # it only looks
         assert {"norm_ir", "std_proj_ir", "rank_proj_ir", "cos_ir"} <= set(first) and (
             "dot_ef" in first
         ) == (method != "dino")
-    shrunk, turned = (
+    shrunk, rotated = (
         {**first, "dot_ef": 0.01, "lengths_ef": 0.1},
         {"dot_ef": 0.01, "lengths_ef": 1.0},
     )
     start = {"dot_ef": 0.1, "lengths_ef": 1.0}
     assert (
-        train.share_of_lengths(start, shrunk) == pytest.approx(1)
-        and train.share_of_lengths(start, turned) == 0
+        collapse.share_of_lengths(start, shrunk) == pytest.approx(1)
+        and collapse.share_of_lengths(start, rotated) == 0
     )
-    assert train.share_of_lengths(start, start) != train.share_of_lengths(
+    assert collapse.share_of_lengths(start, start) != collapse.share_of_lengths(
         start, start
     )  # nan: nothing has fallen
 
 
 def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, tmp_path):
-    knobs = dict(data=folder, out_dir=tmp_path / "run")
-    run_script("train.py", *arguments(**knobs))
+    options = dict(data=folder, out_dir=tmp_path / "run")
+    run_script("train.py", *arguments(**options))
     before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
     assert set(before) - {".lock"} == {
         "ckpt.pt",
@@ -412,9 +427,9 @@ def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, t
         "config.json",
         "views.png",
     }
-    again = run_script("train.py", *arguments(**knobs, log_every=3))
+    again = run_script("train.py", *arguments(**options, log_every=3))
     assert "is finished" in again.stdout
-    other = run_script("train.py", *arguments(**knobs, seed=5), check=False)
+    other = run_script("train.py", *arguments(**options, seed=5), check=False)
     assert (
         other.returncode == 2
         and other.stderr.count("\n") == 1
@@ -425,29 +440,53 @@ def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, t
     (
         tmp_path / "run" / "ckpt.pt"
     ).unlink()  # also before the first checkpoint the folder belongs to its config
-    assert "seed=0 there" in run_script("train.py", *arguments(**knobs, seed=5), check=False).stderr
+    assert (
+        "seed=0 there" in run_script("train.py", *arguments(**options, seed=5), check=False).stderr
+    )
 
 
 def test_weights_that_are_not_finite_never_replace_the_good_checkpoint(folder, tmp_path):
-    run = train.make_run(tiny_config(out_dir=str(tmp_path)), 5, CPU)
-    train.save(run, 3, 80)
+    run = train.make_run(tiny_config(out_dir=str(tmp_path)), 5, HERE)
+    RunDir(run, 80).save(3)
     with torch.no_grad():
         run.network.head_ir.mlp[0].weight[0, 0] = float("nan")
-    with pytest.raises(UsageError, match="not finite at step 4.*last good state"):
-        train.save(run, 4, 80)
+    with pytest.raises(UsageError, match=r"not finite at step 4.*last good state"):
+        RunDir(run, 80).save(4)
     assert state(tmp_path)["step"] == 3
     with pytest.raises(UsageError, match="has 81 images, and had 80"):
-        train.restore(run, 81)
+        RunDir(run, 81).restore()
     torch.save({"teacher": {}}, tmp_path / "ckpt.pt")
-    with pytest.raises(UsageError, match="not a checkpoint that train.py can continue"):
-        train.restore(run, 80)
+    with pytest.raises(UsageError, match=r"not a checkpoint that train\.py can continue"):
+        RunDir(run, 80).restore()
+
+
+@pytest.mark.parametrize("method", ["clever", "dino"])
+def test_a_checkpoint_with_the_old_option_names_continues(tmp_path, method):
+    config = tiny_config(method=method, out_dir=str(tmp_path), lambda_preg=0.5)
+    run = train.make_run(config, 5, HERE)
+    RunDir(run, 80).save(3)
+    checkpoint = state(tmp_path)
+    old = checkpoint["config"]
+    for before, now in RENAMED.items():
+        if now in old:
+            old[before] = old.pop(now)
+    del old["fused"]
+    old["ratio"] = 0.8
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    folder = RunDir(train.make_run(config, 5, HERE), 80)
+    folder.restore()
+    assert folder.step == 3
+    old["lam"] = 0.25
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UsageError, match=r"lambda_preg=0\.25 there, 0\.5 here"):
+        folder.restore()
 
 
 def test_backbone_file_is_torchvisions(tmp_path):
     import torchvision
 
-    run = train.make_run(tiny_config(arch="resnet18", out_dir=str(tmp_path)), 5, CPU)
-    train.save(run, 1, 80)
+    run = train.make_run(tiny_config(arch="resnet18", out_dir=str(tmp_path)), 5, HERE)
+    RunDir(run, 80).save(1)
     theirs = torchvision.models.resnet18()
     theirs.fc = torch.nn.Identity()
     theirs.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=True)
@@ -456,7 +495,7 @@ def test_backbone_file_is_torchvisions(tmp_path):
 def test_init_from_starts_a_new_schedule(folder, tmp_path):
     run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a"))
     config = tiny_config(init_from=str(tmp_path / "a" / "backbone.pt"), seed=9)
-    run = train.make_run(config, 5, CPU)
+    run = train.make_run(config, 5, HERE)
     assert_same(
         dict(run.network.backbone.state_dict()),
         torch.load(tmp_path / "a" / "backbone.pt", weights_only=True),
@@ -464,11 +503,11 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
     assert_same(dict(run.teacher.state_dict()), dict(run.network.state_dict()))
 
 
-# ------------------------------------------------------------------------------------------------ what a person sees
+# --- what a person sees
 
 
 def test_it_learns(tmp_path):
-    """A minute's training on the built-in data: the probe of the class must clearly beat the untrained backbone's, and so must kNN."""
+    """A minute of training on shapes: the class probe and kNN clearly beat the untrained ones."""
     run_script(
         "train.py",
         "configs/demo.py",
@@ -496,7 +535,7 @@ def test_without_arguments_it_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    "knobs, message",
+    "options, message",
     [
         (dict(lrr=1), "did you mean 'lr'"),
         (dict(data="/nowhere"), "no such folder"),
@@ -513,10 +552,10 @@ def test_without_arguments_it_says_what_it_is():
         (dict(out_dir="/proc/nowhere"), "out_dir=/proc/nowhere"),
     ],
 )
-def test_mistakes_are_one_line_exit_code_2_and_nothing_written(folder, tmp_path, knobs, message):
+def test_mistakes_are_one_line_exit_code_2_and_nothing_written(folder, tmp_path, options, message):
     out = tmp_path / "out"
     done = run_script(
-        "train.py", *arguments(**{"data": folder, "out_dir": out, **knobs}), check=False
+        "train.py", *arguments(**{"data": folder, "out_dir": out, **options}), check=False
     )
     assert done.returncode == 2, done.stderr
     assert (
@@ -539,7 +578,7 @@ def test_more_ranks_than_the_batch_divides_into_is_one_line_a_rank(folder, tmp_p
     )
 
 
-def test_unlabelled_images_train(folder, tmp_path):
+def test_unlabeled_images_train(folder, tmp_path):
     done = run_script(
         "train.py",
         *arguments(data=folder / "train" / "key", out_dir=tmp_path, batch_size=8, epochs=2),
@@ -554,15 +593,15 @@ def test_unlabelled_images_train(folder, tmp_path):
 def test_collapse_is_said_in_plain_words():
     config = tiny_config()
     assert not list(
-        train.collapse_warnings(
+        collapse.warnings(
             dict(H_ir=1.0, H_ef=2.0, std_full=0.9, rank_full=20, norm_ir=30, norm_ef=25), config
         )
     )
     assert not list(
-        train.collapse_warnings(dict(H_ir=1.0, std_full=0.9, rank_full=20, norm_ir=30), config)
+        collapse.warnings(dict(H_ir=1.0, std_full=0.9, rank_full=20, norm_ir=30), config)
     )  # DINO has no ef head
     said = list(
-        train.collapse_warnings(
+        collapse.warnings(
             dict(H_ef=4.158, std_ir=0.01, rank_ir=1.01, norm_ir=30.0, norm_ef=0.1), config
         )
     )
@@ -579,7 +618,7 @@ def test_a_gpu_step_is_the_cpu_step(folder):
     images, config = data.open_images(str(folder), "train"), tiny_config()
     terms = [
         train.train_step(
-            train.make_run(tiny_config(device=str(d.type)), 5, d), 0, *batch_of(images, config)
+            train.make_run(tiny_config(), 5, HERE._replace(device=d)), 0, batch_of(images, config)
         )["loss"].cpu()
         for d in (CPU, torch.device("cuda", 0))
     ]
@@ -588,7 +627,7 @@ def test_a_gpu_step_is_the_cpu_step(folder):
 
 @pytest.mark.gpu
 def test_views_made_beside_the_step_before_are_the_same_views(folder):
-    """Were their memory taken too early, some of many steps that never wait would see other views than steps that always do."""
+    """If their memory were taken too early, steps that never wait would see other views."""
     images, config, device = (
         data.open_images(str(folder), "train"),
         tiny_config(
@@ -602,21 +641,24 @@ def test_views_made_beside_the_step_before_are_the_same_views(folder):
         torch.device("cuda", 0),
     )
     batches, losses = (
-        [[tensor.pin_memory() for tensor in batch_of(images, config, step)] for step in range(5)]
+        [
+            data.Batch(*(x.pin_memory() for x in batch_of(images, config, step)[:4]), [])
+            for step in range(5)
+        ]
         * 20,
         [],
     )
     for beside in (True, False):
-        run = train.make_run(config, 100, device)
-        assert run.side_stream is not None
-        run.side_stream = run.side_stream if beside else None
+        run = train.make_run(config, 100, HERE._replace(device=device))
+        assert run.stream is not None
+        run.stream = run.stream if beside else None
         losses.append([])
         for step, batch in enumerate(batches):
             if beside:
                 torch.cuda._sleep(
                     10_000_000
                 )  # some milliseconds: so the card is behind, as it is with larger networks
-            losses[-1].append(train.train_step(run, step, *batch)["L_CL"])
+            losses[-1].append(train.train_step(run, step, batch)["L_CL"])
             if not beside:
                 torch.cuda.synchronize()
     torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-4, atol=1e-4)

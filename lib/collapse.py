@@ -1,0 +1,98 @@
+"""Has a run collapsed? Numbers that tell, and plain words for them."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+
+import losses
+from lib import features
+
+
+@torch.compiler.set_stance("force_eager")
+@torch.no_grad()
+def metrics(run, batch):
+    """Look at what the heads make of two views of the run's first batch -> {name: number}.
+
+    norm_*: of a head's parameters. std_proj_*, rank_proj_*: features.std_and_rank of its output
+    (in front of prototypes). cos_*: mean |cosine| of two views' outputs. dot_ef: mean |product| of
+    the vectors that L_Orth takes (teacher's and student's probabilities, or projections and
+    predictions), lengths_ef: the mean product of their lengths. What of dot_ef's fall the lengths
+    explain is not due to orthogonality (share_of_lengths). The same on every rank.
+    """
+    views = run.views(batch._replace(local_crops=batch.local_crops[:, :0]))[0]  # (2, B, 3, G, G)
+    parts = features.part_slices(run.network.backbone.dim, run.network.d_ir)
+    student = [_frozen(run.network.backbone, view, run.here) for view in views]  # (B, D) each
+    numbers = {}
+    for name, head in run.network.heads.items():
+        own = copy.deepcopy(head)  # in training mode: batch norm's running means would move
+        columns = parts.get(name, slice(None))
+        out = own.embed(torch.cat(student)[:, columns])
+        projections = (out if run.centers else out[0]).chunk(2)  # (B, dim) of each view
+        numbers[f"norm_{name}"] = losses.squared_norm(head).sqrt().item()
+        spread = features.std_and_rank(torch.cat(projections))
+        numbers[f"std_proj_{name}"], numbers[f"rank_proj_{name}"] = spread
+        cosine = F.cosine_similarity(*projections, dim=-1)
+        numbers[f"cos_{name}"] = cosine.abs().mean().item()
+    if run.network.head_ef is not None:
+        if run.centers:
+            z = _frozen(run.teacher.backbone, views[0], run.here)[:, columns]
+            center = run.centers["ef"]
+            q = losses.teacher_probabilities(run.teacher.head_ef(z), center, run.teacher_temp)
+            p = (own.last_layer(projections[1]) / run.config.student_temp).softmax(-1)
+        else:
+            q, p = projections[0], out[1].chunk(2)[1]  # projection, prediction
+        numbers["dot_ef"] = (q * p).sum(-1).abs().mean().item()
+        numbers["lengths_ef"] = (q.norm(dim=-1) * p.norm(dim=-1)).mean().item()
+    return numbers
+
+
+def _frozen(backbone, images, here):
+    """Return backbone(images) (B, D) in eval mode, fp32."""
+    was_training = backbone.training
+    backbone.eval()
+    with here.autocast():
+        z = features.in_pieces(backbone, images).float()
+    backbone.train(was_training)
+    return z
+
+
+def share_of_lengths(first, now):
+    """Return what share of dot_ef's fall the fall of lengths_ef explains, in logarithms.
+
+    0: the vectors have only rotated; 1: only shrunk; above 1: shrunk and rotated together.
+    nan: dot_ef has not fallen. first, now: of collapse_metrics.
+    """
+    fall = {}
+    for name in ("dot_ef", "lengths_ef"):
+        fall[name] = math.log(max(first[name], 1e-30) / max(now[name], 1e-30))
+    return fall["lengths_ef"] / fall["dot_ef"] if fall["dot_ef"] > 0.01 else math.nan
+
+
+def warnings(numbers, config):
+    """Yield plain words for numbers (last logged and evaluated) that mean a collapse."""
+    fixes = {
+        "ir": "lower teacher_temp or lr, or train longer",
+        "ef": "that alone brings L_Orth down to 1/K, and ef learns little from it; raise beta or "
+        "lower lambda_preg",
+    }
+    for head, K in (("ir", config.out_dim), ("ef", config.out_dim_ef)):
+        entropy = numbers.get(f"H_{head}", 0)
+        if entropy > 0.99 * math.log(K):
+            yield (
+                f"the teacher's {head} output is all but uniform (entropy {entropy:.3f} of ln K = "
+                f"{math.log(K):.3f}): {fixes[head]}"
+            )
+    for part in ("full", "ir", "ef"):
+        std, rank = numbers.get(f"std_{part}", 1), numbers.get(f"rank_{part}", 9)
+        if std < 0.05 or rank < 1.02:
+            yield (
+                f"the representation's {part} part has collapsed (std {std:.3f}, effective rank "
+                f"{rank:.1f}): lower lr, raise the batch size or the warm-up"
+            )
+    if "norm_ef" in numbers and numbers["norm_ef"] < 0.1 * numbers["norm_ir"]:
+        yield (
+            f"the ef head has shrunk to norm {numbers['norm_ef']:.2g} against the ir head's "
+            f"{numbers['norm_ir']:.2g}: raise lambda_preg"
+        )

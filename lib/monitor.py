@@ -1,0 +1,264 @@
+"""What a person sees while a run trains: first screen, progress bar, log lines, kNN, warnings.
+
+An evaluation line of log.jsonl has, for the parts full, ir, ef of the teacher's representation:
+std_*, rank_* (features.std_and_rank), knn_*, knn_rotated_* (top-1 in %); for the heads what
+collapse.metrics says.
+"""
+
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+from augment import denormalize, perturbation
+from lib import collapse, data, features, machine, results
+from lib.config import UsageError
+
+MAX_CONSECUTIVE_SKIPS = 3  # steps in a row without a finite gradient before a run stops
+
+
+class Monitor:
+    """Watches a run: begin, then for each step watch and step, epoch_end, at last finish."""
+
+    def __init__(self, run, train_set, val_set):
+        self.run = run
+        self.train_set = train_set
+        self.val_set = val_set
+        n = min(run.config.batch_size, 256)
+        self.whole, self.first_batch = data.first_batch(train_set, run.config, n)
+        self.broken = data.BrokenFiles(len(train_set))
+        self.history = defaultdict(list)  # name -> values of the steps since the last line
+        self.numbers = {}  # what was last logged
+        self.waited = 0.0  # seconds, for batches, since the last line
+        self.since = time.perf_counter()
+        self.bar = None
+
+    def begin(self, folder):
+        """Print the first screen, write views.png, evaluate what is owed; start the bar."""
+        run = self.run
+        self.folder = folder
+        step = folder.step
+        if run.here.is_main:
+            print(first_screen(run, step, self.train_set))
+        if step == 0:
+            if run.here.is_main:
+                torchvision.utils.save_image(self.picture(), folder.path("views.png"))
+            folder.log(step=0, epoch=0.0, **collapse.metrics(run, self.first_batch))
+        elif not self._was_evaluated(step):  # the run ended between a checkpoint and this
+            self.epoch_end(step)
+        if step == run.total and run.here.is_main:
+            print(
+                f"{run.config.out_dir} is finished: nothing to train. Raise --epochs only with "
+                "another --out_dir: it changes the whole schedule"
+            )
+        self.bar = tqdm(
+            total=run.total,
+            initial=step,
+            disable=not run.here.is_main or step == run.total,
+            unit="step",
+            smoothing=0.1,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self.since = time.perf_counter()
+
+    def picture(self):
+        """Draw six images, a row each: the image, then its views as the network sees them."""
+        batch = data.Batch(*(column[:6] for column in self.first_batch[:4]), [])
+        views = self.run.views(batch)
+        size = self.run.config.img_size
+        pictures = [self.whole[None, :6] / 255]  # each (n, B, 3, size, size)
+        for view in views:
+            border = size - view.shape[-1]
+            pad = (border // 2, border - border // 2) * 2
+            pictures.append(F.pad(denormalize(view).cpu(), pad, value=1.0))
+        rows = torch.cat(pictures).transpose(0, 1)  # (B, 1 + V, 3, size, size)
+        padding = max(2, size // 32)
+        grid = torchvision.utils.make_grid(
+            rows.flatten(0, 1), nrow=rows.shape[1], padding=padding, pad_value=1
+        )
+        zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
+        return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+    def watch(self, batches):
+        """Hand on the batches; measure the wait for them and name broken files."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.broken.report(batch.broken, tqdm.write)
+            yield batch
+
+    def step(self, done, terms, signal):
+        """Note the terms of the step that makes `done` steps; log every log_every, or at a signal.
+
+        Also before each checkpoint, so that a continued run logs the same averages.
+        """
+        config = self.run.config
+        for name, value in terms.items():
+            self.history[name].append(value)
+        if (done - 1) % config.log_every == 0 or self.folder.is_due(done) or signal:
+            self._log(done)
+        self.bar.update()
+        if signal:
+            self.bar.close()
+
+    def _log(self, done):
+        """Average the history over steps and ranks: this waits for the device."""
+        run = self.run
+        stacked = [torch.stack(values) for values in self.history.values()]
+        means = [x.nan_to_num(math.nan, math.nan, math.nan).nanmean() for x in stacked]
+        means = machine.mean_over_ranks(torch.stack(means)).tolist()
+        self.numbers = dict(zip(self.history, means))
+        skipped, in_a_row = run.skipped.tolist()
+        if in_a_row >= MAX_CONSECUTIVE_SKIPS:
+            refuse_to_skip_more(run, done - in_a_row, done - 1, len(self.train_set))
+        if skipped:
+            self.numbers["skipped"] = skipped
+        seconds = time.perf_counter() - self.since
+        images = len(stacked[0]) * run.config.batch_size
+        self.numbers["lr"] = run.optimizer.param_groups[0]["lr"]
+        self.numbers["img_per_s"] = images / seconds
+        self.numbers["data_wait"] = self.waited / seconds
+        self.folder.log(step=done, epoch=done / run.steps_per_epoch, **self.numbers)
+        shown = [f"{k} {v:.4g}" for k, v in self.numbers.items() if k[0] in "lL"]
+        speed = f"{images / seconds:.0f} img/s  data {self.waited / seconds:.0%}"
+        self.bar.set_postfix_str("  ".join([*shown, speed]), refresh=False)
+        self.history.clear()
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def epoch_end(self, done):
+        """Evaluate at the end of an epoch, every eval_every epochs and at the end of the run."""
+        run = self.run
+        epoch, rest = divmod(done, run.steps_per_epoch)
+        every = run.config.eval_every
+        if rest or not (done == run.total or (every and epoch % every == 0)):
+            return
+        numbers = self.evaluate()
+        records = self.folder.records()
+        if "dot_ef" in numbers and records and "dot_ef" in records[0]:
+            numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
+        self.folder.log(step=done, epoch=float(epoch), **numbers)
+        if run.here.is_main:
+            names = [n for n in numbers if n.startswith(("knn", "rank_", "norm"))]
+            tqdm.write(f"epoch {epoch}: " + "  ".join(f"{n} {numbers[n]:.3g}" for n in names))
+            for warning in collapse.warnings(self.numbers | numbers, run.config):
+                tqdm.write(f"WARNING: {warning}")
+        self.since = time.perf_counter()
+
+    def _was_evaluated(self, step):
+        """Tell all ranks whether the log holds the evaluation after `step`."""
+        found = any(r["step"] == step and "std_full" in r for r in self.folder.records())
+        return machine.broadcast(found)
+
+    @torch.compiler.set_stance("force_eager")  # its batches would be compiled for, each size once
+    def evaluate(self):
+        """Return {name: number}: kNN of each part on clean and rotated images, collapse metrics."""
+        run = self.run
+        backbone = run.teacher.backbone
+        common = dict(size=run.config.img_size, here=run.here, workers=run.config.workers)
+        numbers = collapse.metrics(run, self.first_batch)
+        has_labels = self.val_set is not None and self.train_set.labels.min() >= 0
+        clean, rotated = perturbation("orig"), perturbation("ro")
+        [on_train], train_y = features.extract(
+            backbone, self.train_set, [clean], progress="kNN: features of train", **common
+        )
+        if has_labels:
+            on_val, val_y = features.extract(
+                backbone, self.val_set, [clean, rotated], progress="kNN: of val", **common
+            )
+        for part, columns in features.part_slices(backbone.dim, run.network.d_ir).items():
+            z = on_train[:, columns]
+            numbers[f"std_{part}"], numbers[f"rank_{part}"] = features.std_and_rank(z)
+            if has_labels:
+                for name, x in zip(("knn", "knn_rotated"), on_val):
+                    top1 = features.knn_accuracy(z, train_y, x[:, columns], val_y)
+                    numbers[f"{name}_{part}"] = top1
+        return numbers
+
+    @torch.compiler.set_stance("force_eager")
+    def finish(self):
+        """With probe_at_end: print the table of this run beside the same backbone untrained."""
+        self.bar.close()
+        run = self.run
+        config = run.config
+        start = time.perf_counter()
+        path = self.folder.path("results.json")
+        if not config.probe_at_end or results.read_results(path):
+            return
+        if self.val_set is None or self.train_set.labels.min() < 0:
+            if run.here.is_main:
+                print("no table: a probe needs labels, train/CLASS and val/CLASS folders")
+            return
+        models = features.trained_and_untrained(run)
+        rows = features.ridge_rows(
+            models,
+            self.train_set,
+            self.val_set,
+            config.img_size,
+            run.here,
+            config.workers,
+            config.seed,
+        )
+        if run.here.is_main:
+            print("\n" + "\n".join(results.table_lines(rows)), flush=True)
+            seconds = time.perf_counter() - start
+            results.append_results(path, "probe", asdict(config), seconds, rows)
+
+
+def first_screen(run, step, train_set):
+    """Say what is about to be trained, on what, and how."""
+    config, here = run.config, run.here
+    lines = [""]
+    for option in (f"{name}={value}" for name, value in asdict(config).items()):
+        if len(lines[-1]) + len(option) > 98:
+            lines.append("")
+        lines[-1] += option + "  "
+    backbone, network = (
+        sum(p.numel() for p in net.parameters()) / 1e6
+        for net in (run.network.backbone, run.network)
+    )
+    device = f"CPU with {torch.get_num_threads()} threads"
+    if here.device.type == "cuda":
+        device = torch.cuda.get_device_name(here.device)
+    share = config.batch_size // here.world
+    size = data.part_size(share, config.max_batch_per_gpu)
+    classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
+    lines += [
+        "",
+        f"{config.method} {config.arch}: backbone {backbone:.2f} M parameters, with heads "
+        f"{network:.2f} M",
+        f"{len(train_set)} images of {config.data}{classes}",
+        f"{here.world} x {device}, {here.precision}; batch {config.batch_size} = {here.world} x "
+        f"{share // size} x {size} (ranks x accumulated x at once); peak lr "
+        f"{config.lr * config.batch_size / 256:.3g}",
+    ]
+    if hasattr(run.network.backbone, "scan_backend"):
+        lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
+    if step:
+        lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
+    elif config.init_from:
+        lines.append(f"a new schedule from the weights of {config.init_from}")
+    return "\n".join([*lines, ""])
+
+
+def refuse_to_skip_more(run, first, last, n_images):
+    """UsageError, on every rank: steps first .. last were skipped, their gradients not finite."""
+    config = run.config
+    [samples] = data.Schedule(n_images, config.batch_size, config.seed, first, first + 1)
+    names = ", ".join(str(i) for _, i in samples[:8])
+    raise UsageError(
+        f"steps {first} to {last}: no gradient was finite, all were skipped; step {first} saw "
+        f"samples {names} ...; {config.out_dir}/ckpt.pt holds the last good state; lower lr, or "
+        "try precision=fp32"
+    )
