@@ -1,4 +1,4 @@
-"""eval_seg.py: its parts against naive definitions, its commands on folders written for the purpose."""
+"""eval_seg.py: its parts against naive definitions, its commands on small folders."""
 
 import json
 import math
@@ -11,18 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import SHARED, tiny_config
 from PIL import Image
 
-import data
 import eval_seg
-from configurator import UsageError
-from conftest import SHARED, tiny_config
+from lib import shapes
+from lib.config import UsageError
 from model import build_backbone, build_network
 
 
 def naive_propagate(features, first, h, w, n_last, radius, topk, temperature):
-    """DINO's dense form: all affinities, the far ones set to zero, those below the topk-th of each column too."""
-    f, labels = F.normalize(features.double(), dim=-1), [first.double()]
+    """DINO's dense form: of all affinities the far ones and those below the topk-th become zero."""
+    f = F.normalize(features.double(), dim=-1)
+    labels = [first.double()]
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     y, x = y.flatten(), x.flatten()
     near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
@@ -129,9 +130,11 @@ def test_saliency_metrics_are_their_definitions():
         torch.rand(5, 5, generator=generator) > 0.5,
         torch.zeros(6, 4, dtype=torch.bool),
     ]
-    iou, acc, curves = [], [], []
-    for m, g in zip(maps, gts):
-        m, g = m.double().numpy(), g.numpy()
+    iou, acc = [], []
+    curves = []
+    for map_, gt in zip(maps, gts):
+        m = map_.double().numpy()
+        g = gt.numpy()
         iou.append(((m > 0.5) & g).sum() / ((m > 0.5) | g).sum())
         acc.append(((m > 0.5) == g).mean())
         curve = []
@@ -147,6 +150,8 @@ def test_saliency_metrics_are_their_definitions():
         and got["acc"] == pytest.approx(np.mean(acc))
         and got["max_f"] == pytest.approx(np.mean(curves, 0).max())
     )
+    arrays = eval_seg.saliency_metrics([m.numpy() for m in maps], [g.numpy() for g in gts])
+    assert arrays == got
     assert eval_seg.saliency_metrics([gts[0].float()], [gts[0]]) == dict(
         max_f=1.0, iou=1.0, acc=1.0
     )
@@ -201,18 +206,21 @@ def test_j_and_f_are_their_definitions():
 
 
 def test_recall_and_decay():
-    values = torch.tensor([1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0])
-    mean, recall, decay = eval_seg.mean_recall_decay(values)
+    J = torch.tensor([1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0])
+    [(name, n, values)] = eval_seg.object_measures("judo", torch.stack([J, 1 - J])[None])
+    assert (name, n) == ("judo_1", 8)
+    values = dict(zip(eval_seg.MEASURES, values.tolist()))
     ids = np.round(np.linspace(1, 8, 5) + 1e-10).astype(int) - 1
-    v = values.numpy()
-    assert (
-        mean == pytest.approx(0.5)
-        and recall == 0.5
-        and decay == pytest.approx(v[ids[0] : ids[1] + 1].mean() - v[ids[3] : ids[4] + 1].mean())
-    )
+    v = J.numpy()
+    assert values["J mean"] == pytest.approx(0.5)
+    assert values["J recall"] == 0.5
+    decay = v[ids[0] : ids[1] + 1].mean() - v[ids[3] : ids[4] + 1].mean()
+    assert values["J decay"] == pytest.approx(decay)
+    assert values["F decay"] == pytest.approx(-decay)
+    assert values["J&F"] == pytest.approx((values["J mean"] + values["F mean"]) / 2)
 
 
-# ------------------------------------------------------------------------------------------------ the bilateral solver
+# --- the bilateral solver -------------------------------------------------------------------------
 
 
 def test_the_bilateral_solver_solves_its_dense_system():
@@ -271,7 +279,7 @@ def test_the_bilateral_solver_snaps_a_rough_mask_to_the_edge():
     assert eval_seg.bilateral_solver(image, torch.zeros(96, 128)).abs().max() == 0
 
 
-# ------------------------------------------------------------------------------------------------ hard inputs of the functions
+# --- hard inputs of the functions -----------------------------------------------------------------
 
 
 def test_tokencut_where_there_is_nothing_to_cut():
@@ -296,11 +304,13 @@ def test_propagation_at_a_small_temperature_and_without_memory():
     assert eval_seg.propagate(features[:1], first, 3, 4).shape == (0, 2, 3, 4)
 
 
-def test_the_memory_keeps_the_first_frame_and_the_latest():
-    memory = eval_seg.Memory(2)
-    for t in range(6):
-        memory.add(torch.full((1, 1, 1), t), torch.full((1, 1, 1), t))
-    assert [frames.flatten().tolist() for frames in memory.frames()] == [[0, 4, 5]] * 2
+def test_a_propagation_keeps_the_first_frame_and_the_latest():
+    propagation = eval_seg.Propagation(torch.ones(1, 1, 1), 2, 12, 5, 0.1)
+    frames = F.normalize(torch.randn(6, 1, 1, 4, generator=torch.Generator().manual_seed(0)), dim=3)
+    for frame in frames:
+        propagation.step(frame)
+    held = torch.stack([unit for unit, _ in [*propagation.first, *propagation.latest]])
+    torch.testing.assert_close(held, frames[[0, 4, 5]])
 
 
 @pytest.mark.parametrize("name", ["vit_micro", "resnet18", "vmamba_micro"])
@@ -308,21 +318,31 @@ def test_feature_maps_are_what_forward_pools(name):
     backbone = build_backbone(name, 64, 8).eval()
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        grid, side = eval_seg.feature_map(backbone, x), eval_seg.patch_side(backbone)
+        grid = eval_seg.feature_map(backbone, x)
+        side = getattr(backbone, "patch_size", 32)
         assert grid.shape == (64 // side, 96 // side, backbone.dim)
         pooled = backbone.tokens(x)[0][:, 1:].mean(1) if name == "vit_micro" else backbone(x)
     torch.testing.assert_close(grid.mean((0, 1)), pooled[0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_colored_picture_is_no_mask_and_a_gray_one_saved_in_color_is(tmp_path):
+    gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(gray).convert("RGBA").save(tmp_path / "gray.png")
+    assert np.array_equal(eval_seg.read_mask(tmp_path / "gray.png"), gray)
+    Image.fromarray(np.stack([gray, gray, 0 * gray], 2)).save(tmp_path / "color.png")
+    with pytest.raises(UsageError, match="save it as an indexed"):
+        eval_seg.read_mask(tmp_path / "color.png")
+
+
 def test_the_palette_is_daviss():
-    assert eval_seg.davis_palette()[:5].tolist() == [
+    assert eval_seg.PALETTE[:5].tolist() == [
         [0, 0, 0],
         [128, 0, 0],
         [0, 128, 0],
         [128, 128, 0],
         [0, 0, 128],
     ]
-    assert eval_seg.davis_palette()[[38, 255]].tolist() == [[0, 128, 192], [224, 224, 192]]
+    assert eval_seg.PALETTE[[38, 255]].tolist() == [[0, 128, 192], [224, 224, 192]]
 
 
 def test_sides_are_rounded_as_the_protocols_say():
@@ -345,8 +365,8 @@ def test_sides_are_rounded_as_the_protocols_say():
 
 
 def test_moving_shapes_move_and_are_where_the_ids_say():
-    frames, ids = data.moving_shapes(3, 64, frames=5)
-    again, _ = data.moving_shapes(3, 64, frames=5)
+    frames, ids = shapes.moving_shapes(3, 64, frames=5)
+    again, _ = shapes.moving_shapes(3, 64, frames=5)
     assert (
         torch.equal(frames, again)
         and frames.shape == (5, 3, 64, 64)
@@ -357,14 +377,14 @@ def test_moving_shapes_move_and_are_where_the_ids_say():
     for t in range(5):
         background = shade[t][ids[t] == 0].mean()
         assert all((shade[t][ids[t] == i].mean() - background).abs() > 50 for i in (1, 2))
-    images, masks = data.shape_masks("val", 32, 12)
+    images, masks = shapes.shape_masks("val", 32, 12)
     assert (
-        torch.equal(images[7], data.shapes("val", 32, 12).read(7))
+        torch.equal(images[7], shapes.shapes("val", 32, 12).read(7))
         and 0.05 < masks.float().mean() < 0.5
     )
 
 
-# ------------------------------------------------------------------------------------------------ the commands
+# --- the commands ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +417,7 @@ def write_davis(root, name, frames, ids):
 
 def test_davis_from_its_folders(ckpt, tmp_path, capsys):
     root = tmp_path / "DAVIS"
-    frames, ids = data.moving_shapes(0, 128, frames=9)
+    frames, ids = shapes.moving_shapes(0, 128, frames=9)
     ids[3, :20] = 255  # nobody's
     ids[5, 60:70, 60:70] = 7  # an object that was not there at first
     narrow = [
@@ -501,15 +521,16 @@ def test_real_frames(ckpt, tmp_path, capsys):
 
 def test_saliency_from_folders(ckpt, tmp_path, capsys):
     root = tmp_path / "ECSSD"
-    (root / "Images").mkdir(parents=True), (root / "ground_truth_mask").mkdir()
-    images, masks = data.shape_masks("val", 64, 6)
+    (root / "Images").mkdir(parents=True)
+    (root / "ground_truth_mask").mkdir()
+    images, masks = shapes.shape_masks("val", 64, 6)
     for i in range(6):
         torchvision.io.write_jpeg(images[i], str(root / f"Images/{i}.jpg"), quality=95)
         Image.fromarray(masks[i].numpy().astype(np.uint8) * (1 if i % 2 else 255)).save(
             root / f"ground_truth_mask/{i}.png"
         )
     (root / "ground_truth_mask/5.png").unlink()
-    Image.fromarray(images[4, 0].numpy()).save(root / "Images/4.jpg")  # grey
+    Image.fromarray(images[4, 0].numpy()).save(root / "Images/4.jpg")  # gray
     Image.fromarray(masks[3].numpy()).resize((32, 32)).save(
         root / "ground_truth_mask/3.png"
     )  # too small
@@ -522,11 +543,11 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
     )
     assert (
         "torn: skipped" in said
-        and "tiny: clever finds no foreground, the image is a single patch" in said
+        and "tiny: clever finds no foreground in it, the image is a single patch" in said
         and "3: mask of 32x32 resized" in said
     )
     assert (
-        "2 of 7 images have no mask: segmented, not measured" in said
+        "2 of 7 have no truth to compare with: segmented, not measured" in said
         and "no foreground in " in said
     )
     written = {
@@ -574,7 +595,7 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
 
 
 def test_one_picture_and_the_built_in_ones(ckpt, tmp_path, capsys):
-    torchvision.io.write_png(data.shapes("val", 96, 1).read(0), str(tmp_path / "photo.png"))
+    torchvision.io.write_png(shapes.shapes("val", 96, 1).read(0), str(tmp_path / "photo.png"))
     result, said = run(
         capsys,
         f"--ckpt={ckpt}",
@@ -600,13 +621,23 @@ def test_one_picture_and_the_built_in_ones(ckpt, tmp_path, capsys):
     assert len(result["rows"]) == 3 * 6 and "untrained" in said
 
 
+@pytest.mark.parametrize("task", ["saliency", "davis"])
+def test_only_what_cannot_be_read_is_skipped(ckpt, tmp_path, task):
+    checkpoint = torch.load(ckpt)
+    checkpoint["teacher"]["backbone.norm.weight"] += math.nan
+    checkpoint["teacher"]["backbone.blocks.5.norm1.weight"] += math.nan
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UsageError, match="features that are not finite"):
+        eval_seg.main([f"--ckpt={tmp_path}/ckpt.pt", f"--task={task}"])
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vmamba_micro"])
 def test_maps_of_other_backbones(name, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(build_backbone(name).state_dict(), tmp_path / "weights.pt")
-    frames, ids = data.moving_shapes(0, 192, frames=4)
+    frames, ids = shapes.moving_shapes(0, 192, frames=4)
     write_davis(tmp_path / "DAVIS", "moves", frames, ids)
-    result, said = run(
+    result, _ = run(
         capsys,
         f"--ckpt={tmp_path}/weights.pt",
         "--task=davis",
@@ -640,8 +671,8 @@ def test_maps_of_other_backbones(name, tmp_path, capsys):
             "give the folder that holds DAVIS's JPEGImages",
         ),
         (["CKPT", "--data=nowhere"], "name them img/ and gt/"),
-        (["CKPT", "--image=nowhere.jpg"], "not one image could be read"),
-        (["CKPT", "--topk=0"], "must lie between"),
+        (["CKPT", "--image=nowhere.jpg"], "not one of 1 could be read"),
+        (["CKPT", "--topk=0"], "must be between"),
         (["CKPT", "--out=nowhere"], "no such folder"),
     ],
 )
