@@ -1,192 +1,111 @@
-"""Quick judges of a frozen backbone: weighted kNN, ridge probes of class and rotation, the collapse watch; and the table of them.
+"""Frozen backbone -> features -> kNN and ridge classifiers; the models of an evaluation."""
 
-    python probe.py --ckpt=out/demo/ckpt.pt --data=shapes [--compare=other.pt]
-
-Each representation is judged whole (full) and by its parts (ir, ef); beside ef stands as wide a slice of ir, beside all of them the same
-backbone untrained. `results.json` beside the checkpoint keeps every number with its protocol."""
-
-import base64
-import ctypes
-import datetime
-import faulthandler
 import functools
-import json
 import math
-import os
-import statistics
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
 import vmamba
-from augment import PERTURBATIONS, augment
-from configurator import UsageError, configure, exit_on_usage_error, nearest
-from draws import key
-from model import build_backbone, load_backbone, split
+from augment import perturbation, quarter_turn
+from lib import data, machine
+from lib.config import UsageError, did_you_mean
+from lib.results import percent, result_row, results_folder
+from lib.weights import load_backbone
+from model import build_backbone, check_divisible, ir_dims
 
-# ------------------------------------------------------------------------------------------------ features
+RIDGE_TESTS = {  # metric of ridge_rows -> test
+    "class": "orig",
+    "class, rotated": "ro",
+    "which of 4 rotations": "orig",
+    "kNN": "orig",
+    "kNN, rotated": "ro",
+}
+
+# --- features -------------------------------------------------------------------------------------
 
 
-def perturbed(name, seed=0):
-    """The transform (images uint8 (B, 3, S, S), keys (B,)) -> normalised (B, 3, S, S) of PERTURBATIONS[name], drawn once per image and seed."""
-    return lambda images, keys: augment(images, PERTURBATIONS[name], key(keys, 20, seed))
+def part_slices(dim, d_ir, matched=False):
+    """Return the columns of the parts of z: {"full": slice, "ir": slice, "ef": slice}.
 
-
-def quarter_turn(n):
-    """The transform that turns images by n * 90 degrees, exactly; no border appears that would give the answer away."""
-    return lambda images, keys: augment(
-        torch.rot90(images, n, (2, 3)).contiguous(), PERTURBATIONS["orig"], keys
-    )
+    Without a split (d_ir == dim) there is only "full". matched: also "ir[:d_ef]", as many of ir's
+    columns as ef has, to compare ef with.
+    """
+    parts = {"full": slice(0, dim)}
+    if d_ir < dim:
+        parts["ir"] = slice(0, d_ir)
+        if matched:
+            parts["ir[:d_ef]"] = slice(0, min(d_ir, dim - d_ir))
+        parts["ef"] = slice(d_ir, dim)
+    return parts
 
 
 @torch.no_grad()
-def features(
-    backbone,
-    images,
-    transforms,
-    size,
-    device,
-    autocast,
-    workers=0,
-    batch_size=256,
-    progress="",
-    **views,
+def extract(
+    backbone, images, transforms, size, here, workers=0, batch_size=256, progress="", **views
 ):
-    """z of every image under every transform, in one pass over the decoded images -> list of float32 (N, dim), labels (N,), on `device`.
+    """Compute z of every image under every transform, in one pass over the decoded images.
 
-    Images are cropped at the centre, or by views = dict(scale=..., seed=..., epoch=...) at random (data.eval_loader). All ranks share the work and each gets everything. The labels are those of what was read: a broken image's place is taken by the next
-    one, label included. The backbone is put into eval mode for it and back."""
-    rank, world = rank_and_world()
-    loader = data.eval_loader(images, size, batch_size, workers, device, rank, world, **views)
-    outputs = [torch.zeros(len(images), backbone.dim, device=device) for _ in transforms]
-    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
-    was_training, at = backbone.training, rank
-    broken = data.BrokenFiles(
-        max(len(images) / world, 100)
-    )  # a small slice may hold the one of a good data set
+    Returns [z (N, dim) float32, one for each transform] and labels (N,), the same on all ranks.
+    A transform maps crops uint8 (B, 3, size, size) and sample seeds (B,) to the backbone's input.
+    views: scale=(low, high), seed, epoch of random crops instead of central ones (eval_loader).
+    The next image takes the place of a broken one, with its label.
+    """
+    n = len(images)
+    outputs = [torch.zeros(n, backbone.dim, device=here.device) for _ in transforms]
+    labels = torch.zeros(n, dtype=torch.int64, device=here.device)
+    loader = data.eval_loader(images, size, batch_size, workers, here, **views)
+    broken = data.BrokenFiles(max(n / here.world, 100))  # one may be broken in a small slice
+    was_training = backbone.training
     backbone.eval()
-    for batch, keys, label, bad in tqdm(
-        loader,
-        desc=progress,
-        leave=False,
-        disable=rank > 0 or not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 60,
-    ):
+    at = here.rank
+    for crops, seeds, batch_labels, bad in progress_bar(loader, here, progress):
         broken.report(bad, tqdm.write)
-        batch = batch.to(device, non_blocking=True)
-        mine = slice(at, at + len(batch) * world, world)
-        labels[mine] = label.to(device)
+        rows = slice(at, at + len(crops) * here.world, here.world)
+        at = rows.stop
+        labels[rows] = batch_labels.to(here.device)
+        on_device = crops.to(here.device, non_blocking=True)
         for transform, output in zip(transforms, outputs):
-            view = transform(batch, keys)  # fp32: outside of autocast
-            with autocast():
-                output[mine] = in_pieces(backbone, view).float()
-        at += len(batch) * world
+            view = transform(on_device, seeds)  # fp32: outside of autocast
+            with here.autocast():
+                output[rows] = in_pieces(backbone, view).float()
     backbone.train(was_training)
-    for tensor in (*outputs, labels) if world > 1 else ():
-        dist.all_reduce(tensor)  # each row is zero but on one rank
+    for tensor in [*outputs, labels] if here.world > 1 else []:
+        dist.all_reduce(tensor)  # a row is zero on all ranks but one
     return outputs, labels
 
 
 def in_pieces(backbone, x):
-    """backbone(x); on a CPU 64 images at a time, whose activations its cache holds: 1.7x faster for vit_micro."""
-    return torch.cat([backbone(some) for some in x.split(64 if x.device.type == "cpu" else len(x))])
+    """Return backbone(x). On a CPU 64 images at a time fit its cache: 1.7x faster for vit_micro."""
+    n = 64 if x.device.type == "cpu" else len(x)
+    return torch.cat([backbone(some) for some in x.split(n)])
 
 
-def parts(z, ratio):
-    """z (N, D) -> {'full': z, 'ir': z_ir, 'ef': z_ef}; 'full' alone where ratio is 1, that is without a split."""
-    z_ir, z_ef = split(z, ratio)
-    return {"full": z} if ratio == 1 else {"full": z, "ir": z_ir, "ef": z_ef}
+def progress_bar(items, here, name, **numbers):
+    """Show a tqdm bar on the main rank; in a file one line in half a minute. No name: no bar."""
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    is_off = not (here.is_main and name)
+    return tqdm(items, name, leave=False, disable=is_off, mininterval=seconds, **numbers)
 
 
-# ------------------------------------------------------------------------------------------------ judges
+def check_finite(z, ckpt):
+    """UsageError unless all features of a checkpoint are finite."""
+    if not z.isfinite().all():
+        fix = "take an earlier checkpoint, or try --precision=fp32"
+        raise UsageError(f"{ckpt}: its backbone gives features that are not finite; {fix}")
 
 
-def knn_accuracy(*arguments, **knobs):
-    """Top-1 in % of knn_answers."""
-    return percent(knn_answers(*arguments, **knobs))
+def std_and_rank(z):
+    """Return the two signs of collapse of z (N, D): standard deviation and effective rank.
 
-
-def knn_answers(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
-    """The weighted nearest-neighbour vote, exp(cosine / temperature) of the k nearest (DINO's protocol; Wu et al. 2018), of each test image
-    -> whether it is right, bool (N,)."""
-    train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
-    train_y, test_y = train_y.to(train_x.device), test_y.to(train_x.device)
-    right = []
-    at_once = max(1, 2**27 // len(train_x))  # similarities: half a gigabyte
-    for x, y in zip(test_x.split(at_once), test_y.split(at_once)):
-        similarity, neighbours = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (b, k)
-        votes = torch.zeros(len(x), int(train_y.max()) + 1, device=x.device)
-        votes.scatter_add_(1, train_y[neighbours], ((similarity - 1) / temperature).exp())
-        right.append(votes.argmax(1) == y)
-    return torch.cat(right)
-
-
-def ridge_accuracies(train_x, train_y, tests):
-    """Top-1 in % of ridge_answers, [one for each of tests]."""
-    return [percent(right) for right in ridge_answers(train_x, train_y, tests)]
-
-
-def ridge_answers(train_x, train_y, tests):
-    """Of each (x, y) of tests whether the linear classifier that least squares with an L2 penalty fits to one-hot labels is right -> [bool (N,)].
-
-    Features are standardised by the training set; the penalty is chosen on every tenth training image, held out, then all are fitted."""
-    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
-    x = ((train_x - mean) / std).double()
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # (N, D + 1)
-    train_y = train_y.to(x.device)
-    targets = F.one_hot(train_y).double()
-    held_out = torch.arange(len(x), device=x.device) % 10 == 9
-
-    def fit(x, targets, penalties):
-        values, vectors = torch.linalg.eigh(
-            x.T @ x / len(x)
-        )  # one decomposition serves all penalties
-        projected = vectors.T @ (x.T @ targets) / len(x)
-        return [
-            vectors @ (projected / (values.clamp(min=0) + penalty)[:, None])
-            for penalty in penalties
-        ]
-
-    penalties = [10.0**p for p in range(-6, 2)]
-    on_held_out = [
-        ((x[held_out] @ w).argmax(1) == train_y[held_out]).double().mean()
-        for w in fit(x[~held_out], targets[~held_out], penalties)
-    ]
-    [weight] = fit(x, targets, [penalties[int(torch.stack(on_held_out).argmax())]])
-    standardised = [((test_x - mean) / std).double() for test_x, _ in tests]
-    return [
-        (z @ weight[:-1] + weight[-1]).argmax(1) == y.to(z.device)
-        for z, (_, y) in zip(standardised, tests)
-    ]
-
-
-def percent(right):
-    """bool (N,) -> how many are, in %."""
-    return 100 * right.double().mean().item()
-
-
-def packed(right):
-    """bool (N,) -> text of a bit an image (base64), as results.json keeps it."""
-    return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
-
-
-def unpacked(text, n):
-    """The inverse of packed -> bool (n,), a NumPy array."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(bool)
-
-
-def spread(z):
-    """z (N, D) -> (std, effective rank), the two signs of collapse. std: of the L2-normalised z over the images, times sqrt(D): 1 when spread
-    evenly over the sphere, 0 when all are one point. Rank: exp of the entropy of the covariance's spectrum, 1 .. D (Roy and Vetterli 2007)."""
+    std: of L2-normalized z over the images, times sqrt(D): 1 if spread evenly, 0 if one point.
+    Rank: exp of the entropy of the covariance's spectrum, 1 .. D (Roy and Vetterli 2007).
+    """
     unit = F.normalize(z.double(), dim=-1)
     eigenvalues = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(unit.T))).clamp(min=0)
     share = eigenvalues / eigenvalues.sum().clamp(min=1e-300)
@@ -194,404 +113,201 @@ def spread(z):
     return (unit.std(0).mean() * math.sqrt(z.shape[1])).item(), rank.item()
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-COLUMNS = ("class", "class, rotated", "which of 4 rotations", "kNN", "kNN, rotated")
+# --- kNN and ridge classifiers --------------------------------------------------------------------
 
 
-def judge(models, train, val, size, device, autocast, workers=0, seed=0, answers=False):
-    """models: [(row name, backbone, ratio, ...)], as Model -> the rows of results.json, one a number: {row, part, dims, test, metric, value in %, seed, n}.
-    A second 'ir' row holds ir's first dimensions, as many as ef has: what ef is to be compared with. answers: each row also has 'right', which
-    of its n test images were (packed).
+def knn_accuracy(*arguments, **options):
+    """Return the top-1 accuracy of knn_correct in %."""
+    return percent(knn_correct(*arguments, **options))
 
-    Class: a ridge probe fitted to clean training images, tested on the clean validation images and on the same turned by -90 .. 90 degrees
-    (corners black). Rotation: a ridge probe for 0 / 90 / 180 / 270 degrees, fitted and tested on images turned exactly so. kNN as DINO's."""
-    rows, turns = [], [quarter_turn(n) for n in range(4)]
-    which_train, which_val = (
-        torch.arange(4).repeat_interleave(len(images)) for images in (train, val)
-    )
+
+def knn_correct(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
+    """Return whether kNN classifies test images correctly, (N,) bool (Wu et al. 2018; DINO).
+
+    The k nearest vote with the weight exp(cosine / temperature).
+    """
+    device = train_x.device
+    train_x = F.normalize(train_x, dim=-1)
+    train_y = train_y.to(device)
+    n_classes = int(train_y.max()) + 1
+    chunk = max(1, 2**27 // len(train_x))  # similarities: half a gigabyte
+    right = []
+    for x, y in zip(F.normalize(test_x, dim=-1).split(chunk), test_y.to(device).split(chunk)):
+        similarity, neighbors = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (b, k)
+        votes = torch.zeros(len(x), n_classes, device=device)
+        votes.scatter_add_(1, train_y[neighbors], ((similarity - 1) / temperature).exp())
+        right.append(votes.argmax(1) == y)
+    return torch.cat(right)
+
+
+def ridge_correct(train_x, train_y, tests):
+    """Return whether a ridge classifier is right on tests [(x, y)]: [(N,) bool].
+
+    Least squares with an L2 penalty, fitted to one-hot labels. Features are standardized by the
+    training set. The penalty is chosen on every tenth training image, then all are fitted.
+    """
+    mean = train_x.mean(0)
+    std = train_x.std(0) + 1e-6
+    x = ((train_x - mean) / std).double()
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # (N, D + 1)
+    train_y = train_y.to(x.device)
+    targets = F.one_hot(train_y).double()
+    held_out = torch.arange(len(x), device=x.device) % 10 == 9
+
+    def fit(x, targets, penalties):  # one decomposition serves all penalties
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        target = vectors.T @ (x.T @ targets) / len(x)
+        return [vectors @ (target / (values.clamp(min=0) + p)[:, None]) for p in penalties]
+
+    penalties = [10.0**p for p in range(-6, 2)]
+    trials = fit(x[~held_out], targets[~held_out], penalties)
+    right = [((x[held_out] @ w).argmax(1) == train_y[held_out]).double().mean() for w in trials]
+    [weight] = fit(x, targets, [penalties[int(torch.stack(right).argmax())]])
+    tests = [(((x - mean) / std).double(), y.to(x.device)) for x, y in tests]
+    return [(x @ weight[:-1] + weight[-1]).argmax(1) == y for x, y in tests]
+
+
+def ridge_features(model, train, val, size, here, workers=0, seed=0):
+    """Extract (z, labels) of train in four turns, and of val in four turns and rotated."""
+    run = functools.partial(extract, model.backbone, size=size, here=here, workers=workers)
+    turns = [quarter_turn(n) for n in range(4)]
+    of_train = run(train, turns, progress=f"features of {model.row}, train")
+    rotated = perturbation("ro", seed)
+    return of_train, run(val, [*turns, rotated], progress=f"features of {model.row}, val")
+
+
+def ridge_rows(models, train, val, size, here, workers=0, seed=0, save_correct=False):
+    """Evaluate models by kNN and ridge classifiers -> rows of results.json.
+
+    Class: trained on clean images, tested on clean ones and on rotated ones (-90 .. 90 degrees,
+    corners black). Which of 4 rotations: trained and tested on images turned by 0, 90, 180, 270
+    degrees. kNN: as the class.
+    """
+    y_turns, val_y_turns = (torch.arange(4).repeat_interleave(len(x)) for x in (train, val))
+    rows = []
+    for model in models:
+        known = model.ridge_features or ridge_features(model, train, val, size, here, workers, seed)
+        (z, y), (val_z, val_y) = known
+        whole = [torch.cat(z), torch.cat(val_z[:4]), val_z[4]]
+        parts = part_slices(model.backbone.dim, model.d_ir, matched=True)
+        for part, columns in parts.items():
+            z, val_z, ro_z = (x[:, columns] for x in whole)  # of 4 turns, 4 turns, rotated
+            clean = z[: len(train)], y
+            tests = [(val_z[: len(val)], val_y), (ro_z, val_y)]
+            right = ridge_correct(*clean, tests)
+            right += ridge_correct(z, y_turns, [(val_z, val_y_turns)])
+            right += [knn_correct(*clean, *test) for test in tests]
+            for (metric, test), of_test in zip(RIDGE_TESTS.items(), right):
+                where = model.row, part, z.shape[1], of_test, save_correct
+                rows.append(result_row(*where, test=test, metric=metric, seed=seed))
     chance = 100 / len(val.classes)
-    common = dict(size=size, device=device, autocast=autocast, workers=workers)
-
-    def add(row, part, dims, values, all_right=()):
-        for i, (column, value) in enumerate(zip(COLUMNS, values)):
-            more = dict(right=packed(all_right[i])) if answers and all_right else {}
-            n = len(all_right[i]) if all_right else len(val)
-            rows.append(
-                dict(
-                    row=row,
-                    part=part,
-                    dims=dims,
-                    test="ro" if "rotated" in column else "orig",
-                    metric=column,
-                    value=round(value, 2),
-                    seed=seed,
-                    n=n,
-                    **more,
-                )
-            )
-
-    for row, backbone, ratio, *_ in models:
-        on_train, train_y = features(
-            backbone, train, turns, progress=f"features of {row}, train", **common
-        )
-        on_val, val_y = features(
-            backbone,
-            val,
-            [*turns, perturbed("ro", seed)],
-            progress=f"features of {row}, val",
-            **common,
-        )
-        by_part = [
-            list(parts(z, ratio).items())
-            for z in (torch.cat(on_train), torch.cat(on_val[:4]), on_val[4])
-        ]
-        if ratio < 1:
-            for named in by_part:
-                named.insert(2, ("ir", named[1][1][:, : named[2][1].shape[1]]))
-        for (part, turned_train), (_, turned_val), (_, rotated) in zip(*by_part):
-            clean_train, clean_val = turned_train[: len(train)], turned_val[: len(val)]
-            all_right = [
-                *ridge_answers(clean_train, train_y, [(clean_val, val_y), (rotated, val_y)]),
-                *ridge_answers(turned_train, which_train, [(turned_val, which_val)]),
-                *(knn_answers(clean_train, train_y, z, val_y) for z in (clean_val, rotated)),
-            ]
-            add(row, part, clean_train.shape[1], map(percent, all_right), all_right)
-    add("chance", "", "", [chance, chance, 25, chance, chance])
+    for metric, test in RIDGE_TESTS.items():
+        value = 25 if "4" in metric else round(chance, 2)
+        facts = dict(test=test, metric=metric, value=value, seed=seed, n=len(val))
+        rows.append(dict(row="chance", part="", dims="", **facts))
     return rows
 
 
-def table_lines(rows):
-    """Rows of results.json as the lines of a table, to be read on a screen and pasted into a README alike; over several seeds mean ± std.
-
-    A column is a metric; where rows tell their `judge`, a column is a test and the judge stands beside the dims."""
-    column = "test" if "judge" in rows[0] else "metric"
-    columns, cells = list(dict.fromkeys(row[column] for row in rows)), {}
-    for row in rows:
-        cells.setdefault(
-            (row["row"], row["part"], row["dims"], row.get("judge", "")), {}
-        ).setdefault(row[column], []).append(row["value"])
-    judges = column == "test"
-    wide = max(27, *(len(f"{row}, {part}") for row, part, *_ in cells))
-    width = max(len(judge) for *_, judge in cells)
-    yield (
-        f"| {'in %':{wide}} | dims | "
-        + (f"{'judge':{width}} | " if judges else "")
-        + " | ".join(columns)
-        + " |"
-    )
-    yield "|---|--:|" + ("---|" if judges else "") + "--:|" * len(columns)
-    for (row, part, dims, judge), values in cells.items():
-        numbers = (f"{_mean_and_std(values.get(name, [])):>{len(name)}}" for name in columns)
-        yield (
-            f"| {row + (', ' + part if part else ''):{wide}} | {dims:4} | "
-            + (f"{judge:{width}} | " if judges else "")
-            + " | ".join(numbers)
-            + " |"
-        )
-
-
-def _mean_and_std(values):
-    return (f"{statistics.mean(values):.1f}" if values else "") + (
-        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    )
-
-
-def read_results(path):
-    """The list of evaluations in the JSON file `path`; [] where there is none."""
-    try:
-        with open(path) as file:
-            runs = json.load(file)
-    except FileNotFoundError:
-        return []
-    except ValueError:
-        runs = None
-    if not isinstance(runs, list):
-        raise UsageError(f"{path}: not a JSON list of results; move it away")
-    return runs
-
-
-def append_results(path, task, protocol, seconds, rows):
-    """Append one evaluation to the list in the JSON file `path` (design: task, protocol, commit, date, seconds, rows)."""
-    runs = read_results(path)
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=os.path.dirname(os.path.abspath(__file__)),
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    runs.append(
-        dict(
-            task=task,
-            protocol=protocol,
-            commit=commit or None,
-            date=datetime.datetime.now().isoformat(timespec="seconds"),
-            seconds=round(seconds, 1),
-            rows=rows,
-        )
-    )
-    with open(path + ".partial", "w") as file:
-        json.dump(runs, file, indent=1)
-    os.replace(path + ".partial", path)
-
-
-# ------------------------------------------------------------------------------------------------ devices and processes
-
-
-def rank_and_world():
-    """-> (this process's rank, number of processes); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_processes(device):
-    """-> (rank, world size, torch.device); joins the process group where torchrun started us, needs none otherwise."""
-    device = choose_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
-        if world == int(
-            os.environ.get("LOCAL_WORLD_SIZE", 0)
-        ):  # on one machine: torchrun's restarted ranks would else find the dead ones' addresses
-            store = dist.PrefixStore(
-                f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world
-        )
-    return *rank_and_world(), device
-
-
-@functools.cache
-def host_group():
-    """The process group through which ranks agree on what the hosts know, without waiting for a device: None, the default one, where that is gloo."""
-    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
-
-
-def wait_for_ranks():
-    """The end of a script: every rank has come so far. The process group stays as it is, for exit_on_usage_error ends the process without clearing
-    up: destroyed here, its last reference would be DistributedDataParallel's, which at its own end holds Python's lock while it waits for a
-    thread of communication that may want the lock to drop a tensor. Two runs of some thousand have hung there."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def choose_device(name):
-    """'auto', 'cpu' or 'cuda' -> torch.device: under torchrun the rank's own GPU; where it is the CPU, freed memory is kept from now on."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda: torch sees no GPU here; take --device=cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs here: lower --nproc_per_node, or take --device=cpu"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def keep_freed_memory():
-    """Tell the C library to keep what is freed. It hands large blocks back to the system, which clears every page anew when a step asks for
-    them again: with 65536 prototypes that was nearly half of a step's time on a CPU. Where the library is not glibc, nothing changes."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        (
-            mallopt(M_MMAP_MAX, 0),
-            mallopt(M_TRIM_THRESHOLD, -1),
-        )  # no block a mapping of its own; never give back
-
-
-def choose_scan(name):
-    """'auto', 'triton', 'torch' or 'loop': which selective scan VMamba takes from now on."""
-    vmamba.default_backend = None if name == "auto" else name
-
-
-def choose_precision(name, device):
-    """'auto', 'bf16' or 'fp32' -> (the one it is, the autocast context to compute in). Parameters, losses and EMA are fp32 either way."""
-    amx_is_broken = device.type == "cpu" and _do_without_broken_amx()
-    if name == "auto":
-        if device.type == "cuda":
-            fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast_bf16 = (
-                torch.cpu._is_avx512_bf16_supported() and not amx_is_broken
-            )  # Intel's bf16 without AMX is slower than its fp32
-        name = "bf16" if fast_bf16 else "fp32"
-    return name, functools.partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16"
-    )
-
-
-@functools.cache
-def _do_without_broken_amx():
-    """Some virtual machines announce AMX, Intel's matrix unit, and die of its first instruction. So where it is announced a child process
-    tries it; if that dies, oneDNN, which has computed nothing yet, is told to keep to AVX-512 -> whether it had to be told."""
-    if not torch.cpu._is_amx_tile_supported():
-        return False
-    child = os.fork()
-    if child == 0:
-        try:
-            faulthandler.disable()
-            os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
-            torch.set_num_threads(1)
-            x = torch.ones(64, 64, dtype=torch.bfloat16)
-            F.linear(x, x)
-            os._exit(0)
-        finally:
-            os._exit(1)  # whatever was raised: the child must never go on as a second run
-    is_broken = os.waitpid(child, 0)[1] != 0
-    if is_broken:
-        os.environ.setdefault(
-            "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
-        )  # processes started by this one inherit it
-    return is_broken
-
-
-# ------------------------------------------------------------------------------------------------ what every evaluation starts from
+# --- the models of an evaluation ------------------------------------------------------------------
 
 
 class Model(NamedTuple):
     """A row of a table."""
 
-    row: str  # what to call it
-    backbone: torch.nn.Module  # in eval mode, on the device
-    ratio: float  # share of ir; 1: no split, 'full' alone
-    trained: (
-        dict  # the config it was trained with; of foreign weights arch, img_size and patch_size
-    )
+    row: str  # its name
+    backbone: nn.Module  # in eval mode, on the device
+    d_ir: int  # dimensions of ir; all of them: no split
+    trained: dict  # the config of its run; of third-party weights arch, img_size and patch_size
+    ridge_features: tuple | None = None  # of ridge_features, if they are known already
 
 
-def open_models(config, device, untrained):
-    """config.ckpt and config.compare, behind the same backbone untrained (from config.seed) if wanted -> [Model], ckpt's config dict.
-    UsageError where there is no checkpoint, or they are not alike: never random weights unasked."""
+def start(config):
+    """Begin an evaluation: here, models, config of ckpt's run, side of crops, results' folder."""
+    here = machine.join(config.device, config.precision)
+    vmamba.set_backend(config.scan)
+    models, trained = open_models(config, here)
+    arch = trained["arch"]
+    if config.arch not in ("", arch):
+        raise UsageError(f"arch={config.arch}: {config.ckpt} holds a {arch}; remove --arch")
+    chosen_parts(models, config.part, config.ckpt)
+    size = config.img_size or trained["img_size"]
+    check_divisible(models[0].backbone, arch, img_size=size)
+    return here, models, trained, size, results_folder(config)
+
+
+def open_models(config, here):
+    """Load config.ckpt and config.compare: [Model], the config of ckpt's run.
+
+    With config.untrained the list begins with the same backbone untrained.
+    """
     if not config.ckpt:
         raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
     models = []
     for path in filter(None, (config.ckpt, config.compare)):
         backbone, trained = load_backbone(path)
         method = trained.get("method", trained["arch"])
-        row = method if method not in [model.row for model in models] else path
-        models.append(
-            Model(
-                row,
-                backbone.to(device),
-                trained["ratio"] if method in ("clever", "ddcl") else 1,
-                trained,
-            )
-        )
-    alike = [
-        {name: model.trained[name] for name in ("arch", "img_size", "patch_size")}
-        for model in models
-    ]
-    if alike[0] != alike[-1]:
-        raise UsageError(
-            f"{config.ckpt} is {alike[0]}, {config.compare} {alike[1]}: a table must compare like with like; give each a table of its own"
-        )
-    if untrained:
-        torch.manual_seed(config.seed)
-        fresh = (
-            build_backbone(alike[0]["arch"], alike[0]["img_size"], alike[0]["patch_size"])
-            .to(device)
-            .eval()
-        )
-        models.append(Model("untrained", fresh, 1, alike[0]))
-    return [*models[-1:], *models[:-1]] if untrained else models, models[0].trained
+        row = path if method in [model.row for model in models] else method
+        # these methods do not split, whatever the ratio in old files of theirs
+        ratio = 1.0 if method in ("dino", "simsiam") else trained.get("ratio", 1.0)
+        d_ir = ir_dims(backbone.dim, ratio)
+        models.append(Model(row, backbone.to(here.device), d_ir, trained))
+    facts = [_facts(model.trained) for model in models]
+    if facts[0] != facts[-1]:
+        what = f"{config.ckpt} is {facts[0]}, {config.compare} {facts[1]}"
+        raise UsageError(f"{what}: a table must compare like with like; evaluate each by itself")
+    trained = models[0].trained
+    first = [untrained_model(trained, config.seed, here)] if config.untrained else []
+    return first + models, trained
+
+
+def _facts(trained):
+    return {name: trained[name] for name in ("arch", "img_size", "patch_size")}
+
+
+def untrained_model(trained, seed, here):
+    """Return the Model with the backbone of the config `trained` and random weights of the seed."""
+    torch.manual_seed(seed)
+    backbone = build_backbone(*_facts(trained).values()).to(here.device).eval()
+    return Model("untrained", backbone, backbone.dim, _facts(trained))
+
+
+def model_of(run):
+    """Return the Model of a training run: its teacher."""
+    return Model(run.config.method, run.teacher.backbone, run.network.d_ir, vars(run.config))
 
 
 def chosen_parts(models, part, ckpt):
-    """[(row, part)] to judge: all, or of each model `part` alone; a model to compare with that has no split stays whole."""
-    parts = {model.row: ("full",) if model.ratio == 1 else ("full", "ir", "ef") for model in models}
-    if part and part not in ("full", "ir", "ef"):
-        raise UsageError(
-            f"part={part}: choose from full, ir, ef{nearest(part, ('full', 'ir', 'ef'))}"
-        )
-    if part and not any(part in names for names in parts.values()):
-        raise UsageError(
-            f"part={part}: {ckpt} tells of no split, so it has only 'full'; take --part=full, or the ckpt.pt of a CLeVER run"
-        )
-    return [
-        (row, name)
-        for row, names in parts.items()
-        for name in names
-        if not part or name == part or part not in names
-    ]
-
-
-def must_be_finite(z, ckpt):
-    if not z.isfinite().all():
-        raise UsageError(
-            f"{ckpt}: the backbone gives features that are not finite; take an earlier checkpoint, or try --precision=fp32"
-        )
+    """Return [(row, part)] to evaluate: all, or `part`; a model without a split stays whole."""
+    if part not in ("", *part_slices(2, 1)):
+        hint = did_you_mean(part, part_slices(2, 1))
+        raise UsageError(f"part={part}: choose from {', '.join(part_slices(2, 1))}{hint}")
+    chosen = []
+    for model in models:
+        names = part_slices(model.backbone.dim, model.d_ir)
+        chosen += [(model.row, name) for name in ([part] if part in names else names)]
+    if part and part not in dict(chosen).values():
+        fix = "so it has only 'full'; use --part=full, or the ckpt.pt of a CLeVER run"
+        raise UsageError(f"part={part}: {ckpt} tells of no split, {fix}")
+    return chosen
 
 
 def data_of(config, trained):
-    """-> the data's name and class list: config's, or where that leaves them open the checkpoint's."""
+    """Return name and class list of the data: config's, by default the run's."""
     source = config.data or trained.get("data", "")
     if not source:
         raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
-    if config.classes:
-        return source, "" if config.classes == "all" else config.classes
-    return source, trained.get("classes", "") if source not in ("shapes", *data.TORCHVISION) else ""
+    classes = config.classes
+    if not classes and source not in ("shapes", *data.TORCHVISION):
+        classes = trained.get("classes", "")
+    return source, "" if config.classes == "all" else classes
 
 
-def results_folder(config):
-    """Where results.json goes: config.out, or the folder of config.ckpt. UsageError if it cannot be written there."""
-    out = config.out or os.path.dirname(config.ckpt) or "."
-    if not os.path.isdir(out) or not os.access(out, os.W_OK):
-        raise UsageError(f"{out}: no such folder, or not writable; --out=FOLDER takes results.json")
-    read_results(os.path.join(out, "results.json"))
-    return out
-
-
-@dataclass
-class ProbeConfig:
-    """Knobs of probe.py: the table of kNN and ridge probes of one or two checkpoints beside the untrained backbone."""
-
-    ckpt: str = ""  # checkpoint or backbone file
-    compare: str = ""  # a second one, such as DINO's beside CLeVER's
-    data: str = ""  # as in train.py, with labels, train and val; default: what the checkpoint was trained on
-    classes: str = (
-        ""  # default: the list the checkpoint was trained on, if any; 'all': every class folder
-    )
-    data_root: str = "data"
-    workers: int = 2
-    seed: int = 0  # of the rotations and of the untrained weights
-    device: str = "auto"
-    precision: str = "auto"
-    scan: str = "auto"  # VMamba's selective scan, as in train.py
-    answers: bool = False  # also keep which test images were right, for error bars (evidence.py)
-    out: str = ""  # folder for results.json; default: the checkpoint's
-
-
-def main(argv):
-    config = configure(ProbeConfig, argv)
-    device = choose_device(config.device)
-    choose_scan(config.scan)
-    precision, autocast = choose_precision(config.precision, device)
-    start = time.perf_counter()
-    models, trained = open_models(config, device, untrained=True)
-    out = results_folder(config)
-    size = trained["img_size"]
-    config.data, config.classes = data_of(config, trained)
-    train, val = data.labelled_splits(config.data, config.classes, config.data_root, img_size=size)
-    rows = judge(
-        models, train, val, size, device, autocast, config.workers, config.seed, config.answers
-    )
-    print("\n".join(table_lines(rows)))
-    append_results(
-        os.path.join(out, "results.json"),
-        "probe",
-        {**asdict(config), "precision": precision},
-        time.perf_counter() - start,
-        rows,
-    )
-
-
-if __name__ == "__main__":
-    with exit_on_usage_error():
-        main(sys.argv[1:])
+def batch_size_of(batch_size, n, world):
+    """Return the global batch: batch_size, or for fewer images n of them, in eights if possible."""
+    if n < 1:
+        raise UsageError("no image is left to train on when one is held out; give more images")
+    batch = min(batch_size, n // 8 * 8 or n)
+    if batch % world:
+        fix = f"use --batch_size={math.ceil(batch / world) * world} or other ranks"
+        raise UsageError(f"a batch of {batch} does not divide among {world} ranks: {fix}")
+    return batch

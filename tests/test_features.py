@@ -1,19 +1,18 @@
-"""The judges against textbook forms, and the probe's command line."""
+"""Features, kNN and ridge classifiers against reference implementations; opening models; tables."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import CPU, HERE, arguments, run_script, tiny_config
 
-import data
-import probe
-from augment import PERTURBATIONS
-from conftest import ROOT, arguments, run_script
+from augment import perturbation, quarter_turn
+from lib import checkpoint, data, features, machine, results, weights
+from lib.config import UsageError
 from model import build_backbone
-
-CPU = torch.device("cpu")
 
 
 def test_knn_is_the_weighted_vote():
@@ -24,53 +23,53 @@ def test_knn_is_the_weighted_vote():
     for x, y in zip(test_x, test_y):
         similarity = F.cosine_similarity(train_x, x[None])
         nearest = similarity.argsort(descending=True)[:20]
-        votes = [
-            sum(torch.exp(similarity[n] / 0.07).item() for n in nearest if train_y[n] == c)
-            for c in range(4)
-        ]
+        votes = [0.0] * 4
+        for n in nearest:
+            votes[train_y[n]] += torch.exp(similarity[n] / 0.07).item()
         right += votes.index(max(votes)) == y.item()
-    assert probe.knn_accuracy(train_x, train_y, test_x, test_y) == pytest.approx(100 * right / 40)
+    accuracy = features.knn_accuracy(train_x, train_y, test_x, test_y)
+    assert accuracy == pytest.approx(100 * right / 40)
+
+
+def ridge_accuracies(train_x, train_y, tests):
+    return [results.percent(right) for right in features.ridge_correct(train_x, train_y, tests)]
 
 
 def test_ridge_separates_what_is_linear_and_only_that():
     generator = torch.Generator().manual_seed(0)
-    x, noise = (
-        torch.randn(2000, 12, generator=generator),
-        torch.randn(2000, 12, generator=generator),
-    )
+    x, noise = (torch.randn(2000, 12, generator=generator) for _ in range(2))
     y = (x @ torch.randn(12, 3, generator=generator)).argmax(1)
-    [linear, shifted] = probe.ridge_accuracies(
-        x[:1500] * 50 + 7,
-        y[:1500],
-        [(x[1500:] * 50 + 7, y[1500:]), (x[1500:] * 50 + 107, y[1500:])],
-    )
-    [chance] = probe.ridge_accuracies(noise[:1500], y[:1500], [(noise[1500:], y[1500:])])
-    assert linear > 85 and shifted < linear and chance < 50
+    tests = [(x[1500:] * 50 + 7, y[1500:]), (x[1500:] * 50 + 107, y[1500:])]
+    [linear, shifted] = ridge_accuracies(x[:1500] * 50 + 7, y[:1500], tests)
+    [chance] = ridge_accuracies(noise[:1500], y[:1500], [(noise[1500:], y[1500:])])
+    assert linear > 85
+    assert shifted < linear
+    assert chance < 50
 
 
 def test_ridge_weights_solve_the_normal_equations():
-    """One penalty only is possible when the held-out slice is told apart by each equally; compare the prediction with the closed form."""
+    """The closed form, for the penalty that is chosen if each is as good on the held-out slice."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(300, 5, generator=generator).double()
     y = (x[:, 0] > 0).long()
     z = torch.cat([(x - x.mean(0)) / (x.std(0) + 1e-6), torch.ones(300, 1).double()], 1)
-    closed = torch.linalg.solve(
-        z.T @ z / 300 + 1e-6 * torch.eye(6).double(), z.T @ F.one_hot(y).double() / 300
-    )
+    gram = z.T @ z / 300 + 1e-6 * torch.eye(6).double()
+    closed = torch.linalg.solve(gram, z.T @ F.one_hot(y).double() / 300)
     expected = 100 * ((z @ closed).argmax(1) == y).double().mean().item()
-    [got] = probe.ridge_accuracies(x, y, [(x, y)])
+    [got] = ridge_accuracies(x, y, [(x, y)])
     assert got == pytest.approx(expected, abs=1.0)
 
 
-def test_spread_knows_collapse_from_health():
+def test_std_and_rank_tell_collapse_from_health():
     generator = torch.Generator().manual_seed(0)
-    std, rank = probe.spread(torch.randn(5000, 16, generator=generator))
-    assert std == pytest.approx(1, abs=0.02) and rank == pytest.approx(16, abs=0.2)
-    std, rank = probe.spread(torch.ones(100, 16) + 1e-4 * torch.randn(100, 16, generator=generator))
-    assert std < 1e-3
+    std, rank = features.std_and_rank(torch.randn(5000, 16, generator=generator))
+    assert std == pytest.approx(1, abs=0.02)
+    assert rank == pytest.approx(16, abs=0.2)
+    point = torch.ones(100, 16) + 1e-4 * torch.randn(100, 16, generator=generator)
+    assert features.std_and_rank(point)[0] < 1e-3
     line = torch.randn(1000, 1, generator=generator) * torch.randn(1, 16, generator=generator)
-    assert probe.spread(line)[1] == pytest.approx(1, abs=1e-3)
-    assert probe.spread(torch.randn(100, 1))[1] == pytest.approx(1)
+    assert features.std_and_rank(line)[1] == pytest.approx(1, abs=1e-3)
+    assert features.std_and_rank(torch.randn(100, 1))[1] == pytest.approx(1)
 
 
 def test_features_are_the_backbones_in_order_and_fp32_outside_autocast(folder):
@@ -78,93 +77,251 @@ def test_features_are_the_backbones_in_order_and_fp32_outside_autocast(folder):
     backbone = build_backbone("vit_micro", 32, 8).train()
     seen = []
 
-    def watch(batch, keys):
+    def watch(batch, seeds):
         seen.append(torch.is_autocast_enabled("cpu"))
-        return probe.perturbed("ro")(batch, keys)
+        return perturbation("ro")(batch, seeds)
 
-    _, autocast = probe.choose_precision("bf16", CPU)
-    (z, turned, rotated), labels = probe.features(
-        backbone,
-        images,
-        [probe.perturbed("orig"), probe.quarter_turn(1), watch],
-        32,
-        CPU,
-        autocast,
-        batch_size=7,
+    here = machine.Here(0, 1, CPU, *machine.choose_precision("bf16", CPU))
+    transforms = [perturbation("orig"), quarter_turn(1), watch]
+    (z, rotated, by_ro), labels = features.extract(
+        backbone, images, transforms, 32, here, batch_size=7
     )
-    assert not any(seen) and backbone.training and torch.equal(labels, images.labels)
+    assert seen and not any(seen)
+    assert backbone.training
+    assert torch.equal(labels, images.labels)
     pixels = torch.stack([images.read(i) for i in range(len(images))])
-    exact = backbone.eval()(
-        probe.perturbed("orig")(pixels, torch.zeros(len(images), dtype=torch.int64))
-    )
-    torch.testing.assert_close(z, exact, rtol=0.05, atol=0.05)
-    assert not torch.allclose(turned, z, atol=0.1)
-    (again,), _ = probe.features(
-        backbone, images, [probe.perturbed("ro")], 32, CPU, autocast, batch_size=11
-    )
-    torch.testing.assert_close(
-        again, rotated, rtol=0.05, atol=0.05
-    )  # drawn per image, whatever the batch
+    view = perturbation("orig")(pixels, torch.zeros(len(images), dtype=torch.int64))
+    torch.testing.assert_close(z, backbone.eval()(view), rtol=0.05, atol=0.05)
+    assert not torch.allclose(rotated, z, atol=0.1)
+    (again,), _ = features.extract(
+        backbone, images, [perturbation("ro")], 32, here, batch_size=11
+    )  # random numbers are each image's own, whatever the batch
+    torch.testing.assert_close(again, by_ro, rtol=0.05, atol=0.05)
 
 
-def test_parts_are_the_split():
+def test_a_mistyped_option_of_extract_is_an_error(folder):
+    images = data.open_images(str(folder), "val")
+    backbone = build_backbone("vit_micro", 32, 8)
+    with pytest.raises(TypeError, match="scales"):
+        features.extract(backbone, images, [perturbation("orig")], 32, HERE, scales=(0.1, 1.0))
+
+
+def test_part_slices_are_the_split():
     z = torch.randn(4, 10)
-    named = probe.parts(z, 0.8)
-    assert (
-        list(named) == ["full", "ir", "ef"]
-        and torch.equal(torch.cat([named["ir"], named["ef"]], 1), z)
-        and list(probe.parts(z, 1)) == ["full"]
-    )
+    parts = {name: z[:, columns] for name, columns in features.part_slices(10, 8).items()}
+    assert list(parts) == ["full", "ir", "ef"]
+    assert torch.equal(torch.cat([parts["ir"], parts["ef"]], 1), z)
+    assert torch.equal(parts["full"], z)
+    assert list(features.part_slices(10, 10)) == ["full"]
 
 
-def test_perturbations_are_what_method_md_says():
-    assert (
-        PERTURBATIONS["cj"].jitter == 1
-        and PERTURBATIONS["cj"].jitter_strength == (0.4, 0.4, 0.4, 0.1)
-        and PERTURBATIONS["cj"].rotate == 0
+def test_dimension_matched_ir_is_as_many_columns_of_ir_as_ef_has():
+    matched = features.part_slices(10, 8, matched=True)
+    assert list(matched) == ["full", "ir", "ir[:d_ef]", "ef"]
+    assert matched["ir[:d_ef]"] == slice(0, 2)
+    # no column of ef where ef is the larger part
+    assert features.part_slices(10, 3, matched=True)["ir[:d_ef]"] == slice(0, 3)
+    assert list(features.part_slices(10, 10, matched=True)) == ["full"]
+
+
+# --- opening models -------------------------------------------------------------------------------
+
+
+def save(path, config, name="vit_micro"):
+    """Write a run's ckpt.pt, and what it writes beside it: backbone.pt and config.json."""
+    path.mkdir()
+    state = build_backbone(name, 32, 8).state_dict()
+    teacher = {f"backbone.{key}": value for key, value in state.items()}
+    checkpoint.save_atomically(dict(config=config, teacher=teacher), str(path / "ckpt.pt"))
+    checkpoint.save_atomically(state, str(path / "backbone.pt"))
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def run_config(**options):
+    return dict(arch="vit_micro", img_size=32, patch_size=8, ratio=0.8) | options
+
+
+def open_models(ckpt, compare="", untrained=False):
+    config = SimpleNamespace(ckpt=str(ckpt), compare=str(compare), untrained=untrained, seed=0)
+    return features.open_models(config, HERE)[0]
+
+
+def test_a_backbone_finds_its_runs_config_beside_it(tmp_path, capsys):
+    config = run_config(method="clever", data="shapes", ratio=0.75)
+    save(tmp_path / "run", config)
+    backbone, found = weights.load_backbone(str(tmp_path / "run" / "backbone.pt"))
+    assert found == config
+    assert "clever vit_micro" in capsys.readouterr().out
+    [model] = open_models(tmp_path / "run" / "backbone.pt")
+    assert (model.row, model.d_ir) == ("clever", 96)
+    whole, _ = weights.load_backbone(str(tmp_path / "run" / "ckpt.pt"))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone(x), whole(x))
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[1]", "{}", '{"arch": "vit_tiny"}', '{"arch": ["vit_micro"]}', "\xff"]
+)
+def test_a_config_that_is_not_the_backbones_is_not_taken(tmp_path, text, capsys):
+    save(tmp_path / "run", run_config(method="clever"))
+    (tmp_path / "run" / "config.json").unlink()
+    if text is not None:
+        (tmp_path / "run" / "config.json").write_bytes(text.encode("latin1"))
+    [model] = open_models(tmp_path / "run" / "backbone.pt")
+    assert (model.row, model.d_ir) == ("vit_micro", 128)
+    assert model.trained == dict(arch="vit_micro", img_size=32, patch_size=8)
+    assert "third-party vit_micro" in capsys.readouterr().out
+
+
+def test_third_party_weights_in_a_runs_folder_are_not_the_runs(tmp_path):
+    save(tmp_path / "run", run_config(method="clever"))
+    (tmp_path / "run" / "backbone.pt").rename(tmp_path / "run" / "published.pth")
+    [model] = open_models(tmp_path / "run" / "published.pth")
+    assert (model.row, model.d_ir) == ("vit_micro", 128)
+
+
+def test_an_entry_that_is_no_tensor_is_named(tmp_path):
+    """The error of before said "0 entries differ" and named none."""
+    checkpoint.save_atomically(
+        build_backbone("vit_micro", 32, 8).state_dict() | dict(epoch=3), str(tmp_path / "x.pt")
     )
-    assert (
-        PERTURBATIONS["cj+ro"].rotate == 90
-        and PERTURBATIONS["cj+ro+et"].elastic == 1
-        and PERTURBATIONS["cj+flip"].flip == 1
+    with pytest.raises(UsageError, match="where 1 entries differ, such as epoch"):
+        weights.load_backbone(str(tmp_path / "x.pt"))
+
+
+SPLITS = {  # method, ratio of the config -> d_ir
+    ("clever", 0.8): 102,
+    ("ddcl", 0.5): 64,
+    ("dino", 0.8): 128,
+    ("dino", 1.0): 128,
+    ("simsiam", 0.8): 128,
+    ("a_new_method", 0.25): 32,
+}
+
+
+@pytest.mark.parametrize("method, ratio", SPLITS)
+def test_the_method_tells_whether_there_is_a_split(tmp_path, method, ratio):
+    """Runs of dino and simsiam kept a ratio that they did not use; now they keep 1."""
+    save(tmp_path / "run", run_config(method=method, ratio=ratio, lam=0.001, ema=0.99))
+    [model] = open_models(tmp_path / "run" / "ckpt.pt")
+    assert (model.row, model.d_ir) == (method, SPLITS[method, ratio])
+
+
+def test_two_models_of_a_method_and_an_untrained_one(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / name, run_config(method="clever"))
+    paths = [str(tmp_path / name / "ckpt.pt") for name in ("a", "b")]
+    models = open_models(*paths, untrained=True)
+    assert [model.row for model in models] == ["untrained", "clever", paths[1]]
+    assert [model.d_ir for model in models] == [128, 102, 102]
+    torch.manual_seed(0)
+    fresh = build_backbone("vit_micro", 32, 8)
+    assert torch.equal(models[0].backbone.pos_embed, fresh.pos_embed)
+    assert not models[0].backbone.training
+    assert features.chosen_parts(models, "ef", "x") == [
+        *(("untrained", "full"), ("clever", "ef"), (paths[1], "ef"))
+    ]
+    save(tmp_path / "c", run_config(arch="resnet18", method="dino"), "resnet18")
+    with pytest.raises(UsageError, match="compare like with like"):
+        open_models(paths[0], tmp_path / "c" / "ckpt.pt")
+
+
+def test_a_part_that_no_model_has_is_an_error(tmp_path):
+    save(tmp_path / "run", run_config(method="dino"))
+    models = open_models(tmp_path / "run" / "ckpt.pt")
+    assert features.chosen_parts(models, "", "x") == [("dino", "full")]
+    for part, message in (("ef", "x tells of no split"), ("fulll", "full, ir, ef .*'full'")):
+        with pytest.raises(UsageError, match=message):
+            features.chosen_parts(models, part, "x")
+
+
+def test_a_runs_models_are_its_teacher_and_the_weights_it_began_with():
+    config = tiny_config(method="clever", seed=3)
+    teacher = build_backbone("vit_micro", 32, 8)
+    run = SimpleNamespace(
+        config=config,
+        here=HERE,
+        teacher=SimpleNamespace(backbone=teacher),
+        network=SimpleNamespace(d_ir=102),
     )
-    assert PERTURBATIONS["orig"] == type(PERTURBATIONS["orig"])()
+    trained = features.model_of(run)
+    untrained = features.untrained_model(vars(config), config.seed, HERE)
+    assert (trained.row, trained.d_ir, trained.backbone) == ("clever", 102, teacher)
+    torch.manual_seed(3)
+    assert torch.equal(untrained.backbone.pos_embed, build_backbone("vit_micro", 32, 8).pos_embed)
+    assert (untrained.row, untrained.d_ir) == ("untrained", 128)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_a_table_has_a_line_for_each_row_and_a_column_for_each_test():
+    def row(part, test, value, **more):
+        return dict(row="clever", part=part, dims=len(part), test=test, value=value, **more)
+
+    rows = [row("ir", "orig", 50.04, classifier="kNN", seed=0)]
+    rows += [row("ir", "orig", 52.04, classifier="kNN", seed=1)]
+    rows += [row("ir[:d_ef]", "orig", 7, classifier="linear, lr 1", seed=0)]
+    rows += [row("ir[:d_ef]", "ro", 8, classifier="linear, lr 1", seed=0)]
+    assert list(results.table_lines(rows)) == [
+        "| in %                        | dims | classifier   | orig | ro |",
+        "|---|--:|---|--:|--:|",
+        "| clever, ir                  |    2 | kNN          | 51.0 ± 1.4 |    |",
+        "| clever, ir[:d_ef]           |    9 | linear, lr 1 |  7.0 | 8.0 |",
+    ]
+    rows = [row("", "orig", 1, metric="class"), row("", "ro", 2, metric="class, rotated")]
+    assert list(results.table_lines(rows))[::2] == [
+        "| in %                        | dims | class | class, rotated |",
+        "| clever                      |    0 |   1.0 |            2.0 |",
+    ]
+
+
+def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
+    protocol = dict(task="linear", lr=0.1, lrs=(0.1, 0.2), workers=8, out="")
+    state = checkpoint.EvalState(str(tmp_path), protocol)
+    assert state.read(("rows", "epoch")) == ([], None)
+    state.write(rows=[dict(row="a", value=1.0)], epoch=3)
+    elsewhere = protocol | dict(workers=0, out=str(tmp_path))  # on another machine
+    again = checkpoint.EvalState(str(tmp_path), elsewhere)
+    rows, begun = again.read(("rows", "epoch"))
+    assert again.exists() and rows == [dict(row="a", value=1.0)] and begun["epoch"] == 3
+    with pytest.raises(UsageError, match="remove it"):
+        again.read(("rows", "network"))
+    other = checkpoint.EvalState(str(tmp_path), protocol | dict(lr=0.2))
+    assert other.read(("rows",)) == ([], None)
+    again.finish(protocol, 1.5, [dict(row="a", part="", dims=1, metric="top1", value=1.0)])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    [run] = results.read_results(str(tmp_path / "results.json"))
+    assert (run["task"], run["seconds"], run["protocol"]["lrs"]) == ("linear", 1.5, [0.1, 0.2])
+
+
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_command_line_compares_two_runs(folder, tmp_path):
     for method in ("clever", "dino"):
-        run_script(
-            "train.py",
-            *arguments(
-                data=folder, out_dir=tmp_path / method, method=method, epochs=1, warmup_epochs=0
-            ),
-        )
+        options = dict(data=folder, method=method, out_dir=tmp_path / method)
+        run_script("train.py", *arguments(epochs=1, warmup_epochs=0, **options))
     clever, dino = (tmp_path / name / "ckpt.pt" for name in ("clever", "dino"))
-    done = run_script(
-        "probe.py", f"--ckpt={clever}", f"--compare={dino}", "--workers=0", "--precision=fp32"
-    )  # on what it was trained on
-    [result] = json.loads((tmp_path / "clever" / "results.json").read_text())
+    ridge = ["eval_linear.py", "--protocol=ridge"]
+    common = ["--workers=0", "--precision=fp32"]
+    done = run_script(*ridge, f"--ckpt={clever}", f"--compare={dino}", *common)  # on its own data
+    path = tmp_path / "clever" / "results.json"
+    [result] = json.loads(path.read_text())
     assert {row["row"] for row in result["rows"]} == {"untrained", "clever", "dino", "chance"}
-    assert {(row["part"], row["dims"]) for row in result["rows"] if row["row"] == "clever"} == {
-        ("full", 128),
-        ("ir", 102),
-        ("ir", 26),
-        ("ef", 26),
-    }
-    assert (
-        all(line in done.stdout for line in probe.table_lines(result["rows"]))
-        and result["task"] == "probe"
-    )
-    run_script(
-        "probe.py",
-        f"--ckpt={clever}",
-        f"--compare={tmp_path / 'clever' / 'backbone.pt'}",
-        f"--data={folder}",
-        "--workers=0",
-    )
-    assert (
-        len(json.loads((tmp_path / "clever" / "results.json").read_text())) == 2
-    )  # appended, and a bare backbone has only 'full'
+    parts = {(row["part"], row["dims"]) for row in result["rows"] if row["row"] == "clever"}
+    assert parts == {("full", 128), ("ir", 102), ("ir[:d_ef]", 26), ("ef", 26)}
+    assert all(line in done.stdout for line in results.table_lines(result["rows"]))
+    assert result["protocol"]["protocol"] == "ridge"
+
+    backbone = tmp_path / "clever" / "backbone.pt"
+    run_script(*ridge, f"--ckpt={clever}", f"--compare={backbone}", f"--data={folder}", *common)
+    [_, result] = json.loads(path.read_text())  # appended
+    values = {}
+    for row in result["rows"]:
+        values.setdefault(row["row"], []).append((row["part"], row["value"]))
+    assert values[str(backbone)] == values["clever"]  # it knows the ratio by config.json beside it
+
     for wrong, message in (
         (["--ckpt=/nowhere.pt"], "No such file"),
         ([f"--ckpt={clever}", f"--data={folder / 'train' / 'key'}"], "needs labels"),
@@ -172,20 +329,6 @@ def test_command_line_compares_two_runs(folder, tmp_path):
         ([f"--ckpt={clever}", "--precision=half"], "choose from"),
         ([], "no checkpoint given"),
     ):
-        done = run_script("probe.py", *wrong, check=False)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_the_process_group_outlives_the_script(tmp_path):
-    """Destroyed before DistributedDataParallel is gone, it could wait for ever for a thread that waits for Python's lock (probe.wait_for_ranks)."""
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
-        probe.wait_for_ranks()
-        assert dist.is_initialized()
-    finally:
-        dist.destroy_process_group()
-    assert not [
-        path.name for path in ROOT.glob("*.py") if "destroy_process_group" in path.read_text()
-    ]
+        done = run_script(*ridge, *wrong, check=False)
+        assert done.returncode == 2
+        assert re.fullmatch(f".*{message}.*\n", done.stderr)

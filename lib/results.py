@@ -1,0 +1,133 @@
+"""Rows of an evaluation, their table, and results.json."""
+
+import base64
+import datetime
+import json
+import os
+import statistics
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from lib import machine
+from lib.checkpoint import digest_of_weights
+from lib.config import UsageError
+
+
+def result_row(row, part, dims, right, save_correct=False, **facts):
+    """Make a row of results.json from right (n,) bool: how many are, in %.
+
+    facts: test, seed, where there are such classifier, lr, metric. save_correct: keep `right`.
+    """
+    value = round(percent(right), 2)
+    facts = dict(row=row, part=part, dims=dims, metric="top1", value=value, n=len(right)) | facts
+    return facts | dict(right=pack_correct(right)) if save_correct else facts
+
+
+def percent(right):
+    """Return how many of right (n,) bool are True, in %."""
+    return 100 * right.double().mean().item()
+
+
+def pack_correct(right):
+    """Return right (n,) bool as text, one bit per image (base64)."""
+    return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
+
+
+def unpack_correct(text, n):
+    """Return the (n,) bool of pack_correct, a NumPy array."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(bool)
+
+
+def table_lines(rows):
+    """Yield the lines of a table, for the screen and for a README; over several seeds mean ± std.
+
+    A column is a metric. If rows have a classifier, it is beside the dims and a column is a test.
+    """
+    by_test = "classifier" in rows[0]
+    names = list(dict.fromkeys(row["test" if by_test else "metric"] for row in rows))
+    cells = {}
+    for row in rows:
+        label = ", ".join(filter(None, (row["row"], row["part"])))
+        line = cells.setdefault((label, row["dims"], row.get("classifier", "")), {})
+        line.setdefault(row["test" if by_test else "metric"], []).append(row["value"])
+    width = max(27, *(len(label) for label, *_ in cells))
+    classifier_width = max(len(classifier) for *_, classifier in cells)
+
+    def line(label, dims, classifier, values):
+        left = [f"{label:{width}}", f"{dims:4}", f"{classifier:{classifier_width}}"]
+        return f"| {' | '.join([*left[: 2 + by_test], *values])} |"
+
+    yield line("in %", "dims", "classifier", names)
+    yield "|---|--:|" + "---|" * by_test + "--:|" * len(names)
+    for left, values in cells.items():
+        yield line(*left, [f"{_mean_and_std(values.get(n, [])):>{len(n)}}" for n in names])
+
+
+def _mean_and_std(values):
+    std = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{std}" if values else ""
+
+
+def results_folder(config):
+    """Return the folder for results.json: config.out, or that of config.ckpt. It is writable."""
+    out = config.out or os.path.dirname(config.ckpt) or "."
+    if not os.path.isdir(out) or not os.access(out, os.W_OK):
+        raise UsageError(f"{out}: no such folder, or not writable; --out=FOLDER takes results.json")
+    read_results(os.path.join(out, "results.json"))
+    return out
+
+
+def read_results(path):
+    """Return the list of evaluations in the JSON file `path`; [] if it does not exist."""
+    try:
+        runs = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        runs = None
+    if not isinstance(runs, list):
+        raise UsageError(f"{path}: not a JSON list of results; move it away")
+    return runs
+
+
+def append_results(path, task, protocol, seconds, rows):
+    """Append an evaluation to the list in the JSON file `path`."""
+    runs = read_results(path)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    date = datetime.datetime.now().isoformat(timespec="seconds")
+    run = dict(task=task, protocol=protocol, commit=commit or None, date=date)
+    runs.append(run | dict(seconds=round(seconds, 1), rows=rows))
+    with open(f"{path}.partial", "w") as file:
+        json.dump(runs, file, indent=1)
+    os.replace(f"{path}.partial", path)
+
+
+def protocol_of(config, models, task, size, here):
+    """Return what results.json tells of an evaluation: options, weights, how many images."""
+    facts = dict(task=task.name, img_size=size, precision=here.precision)
+    facts["arch"] = models[-1].trained["arch"]
+    facts["weights"] = {model.row: digest_of_weights(model.backbone) for model in models}
+    counts = dict(classes_n=task.n_classes, train_n=len(task.train), test_n=len(task.test))
+    return asdict(config) | facts | counts
+
+
+def finish(state, protocol, seconds, rows, more=()):
+    """Print the table of rows and `more`, append rows to results.json, remove the state."""
+    path = os.path.join(os.path.dirname(state.path), "results.json")
+    if state.is_main:
+        print("", *table_lines([*rows, *more]), "", sep="\n")
+        best = [row for row in rows if row.get("classifier") == "linear, chosen lr"]
+        rates = dict.fromkeys(f"{row['row']} {row['part']} {row['lr']:g}" for row in best)
+        if rates:
+            print(f"chosen learning rates: {', '.join(rates)}")
+        append_results(path, protocol["task"], protocol, seconds, rows)
+        print(f"{seconds:.0f} s; every number with its protocol is in {path}", flush=True)
+    state.remove()
+    machine.wait_for_ranks()

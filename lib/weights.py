@@ -1,0 +1,101 @@
+"""Weight files in and out: ours, DINO's, timm's, torchvision's and VMamba's."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from lib import machine
+from lib.checkpoint import read_checkpoint
+from lib.config import UsageError
+from model import BACKBONES, build_backbone
+
+HEADS = ("head.", "fc.", "classifier.head.")  # published classifiers, DINO's projection head
+# VMamba has saved its linear maps as 1 x 1 convolutions, too
+LINEAR = (".in_proj.weight", ".out_proj.weight", ".fc1.weight", ".fc2.weight")
+COUNTER = "num_batches_tracked"  # of batch norm; PyTorch before 0.4.1 did not save it
+
+
+def load_backbone(path, part="teacher"):
+    """Load a backbone from a run's ckpt.pt or backbone.pt, or published weights; print which.
+
+    part: 'teacher' or 'student', if the file holds both. Strict: names and shapes are those of one
+    of BACKBONES; only classifiers and projection heads are left out.
+    Returns the backbone in eval mode and its run's config (of backbone.pt: config.json beside it).
+    The config of third-party weights has arch, img_size and patch_size only.
+    """
+    checkpoint = read_checkpoint(path)
+    state = _backbone_weights(checkpoint, part, path)
+    found = _recognize(state, path)
+    arch = found["arch"]
+    config = checkpoint.get("config")
+    if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
+        config = _config_beside(path, arch) or found
+    if config["arch"] != arch:
+        raise UsageError(f"{path}: its config says {config['arch']}, its weights are a {arch}'s")
+    backbone = build_backbone(*found.values())
+    counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
+    backbone.load_state_dict({**counters, **state}, strict=True)
+    if machine.rank_and_world()[0] == 0:
+        millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+        source = config.get("method", "third-party")
+        print(f"loaded {path}: {source} {arch}, {millions:.1f} M parameters")
+    return backbone.eval(), config
+
+
+def _config_beside(path, arch):
+    """Return the config.json beside a run's backbone.pt; None where it does not fit."""
+    try:
+        config = json.loads(Path(path).with_name("config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    is_run = Path(path).name == "backbone.pt" and isinstance(config, dict)
+    return config if is_run and config.get("arch") == arch else None
+
+
+def _backbone_weights(checkpoint, part, path):
+    """Find the backbone's weights in a file's content, under the names of build_backbone."""
+    state = checkpoint
+    if isinstance(checkpoint, dict):
+        parts = [name for name in ("student", "teacher") if name in checkpoint]
+        if parts and part not in parts:
+            raise UsageError(f"{path}: no part {part!r}; there is {', '.join(parts)}")
+        wrapped = [n for n in ("state_dict", "model") if isinstance(checkpoint.get(n), dict)]
+        names = [part] if parts else wrapped
+        state = checkpoint[names[0]] if names else checkpoint
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        kind = type(state).__name__
+        raise UsageError(f"{path}: holds a {kind}, no weights by name; give a state dict")
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    ours = [name for name in state if name.startswith("backbone.")] or state
+    state = {name.removeprefix("backbone."): state[name] for name in ours}
+    for name, x in state.items():
+        if name.endswith(LINEAR) and getattr(x, "ndim", 0) == 4:
+            state[name] = x.flatten(1)
+    return {name: x for name, x in state.items() if not name.startswith(HEADS)}
+
+
+def _recognize(state, path):
+    """Return {arch, img_size, patch_size} of the backbone with exactly these names and shapes."""
+    shapes = {name: tuple(getattr(x, "shape", "-")) for name, x in state.items()}
+    patch = shapes.get("patch_embed.proj.weight", ())  # (D, 3, P, P)
+    positions = shapes.get("pos_embed", ())  # (1, 1 + N, D)
+    sizes = dict(img_size=224, patch_size=16)
+    if len(patch) == 4 and patch[-1] > 0 and len(positions) == 3 and positions[1] > 1:
+        sizes = dict(img_size=math.isqrt(positions[1] - 1) * patch[-1], patch_size=patch[-1])
+    differing = {}
+    for arch in BACKBONES:
+        with torch.device("meta"):
+            expected = build_backbone(arch, **sizes).state_dict()
+        wanted = {name: tuple(x.shape) for name, x in expected.items()}
+        wrong = {n for n in wanted | shapes if wanted.get(n) != shapes.get(n)}
+        differing[arch] = sorted(n for n in wrong if n in shapes or not n.endswith(COUNTER))
+        if not differing[arch]:
+            return dict(arch=arch, **sizes)
+    nearest = min(differing, key=lambda arch: len(differing[arch]))
+    wrong = differing[nearest]
+    some = f"{len(wrong)} entries differ, such as {', '.join(wrong[:3])}"
+    raise UsageError(
+        f"{path}: not the weights of a backbone known here; nearest is {nearest}, where {some}"
+    )
