@@ -1,27 +1,33 @@
-"""evidence.py: the intervals cover what they should, the verdict follows from them, RESULTS.md's tables are those of results/."""
+"""evidence.py: its intervals cover what they should, the verdict follows from them.
+
+RESULTS.md's tables are those of results/.
+"""
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-
-import evidence
-import probe
-from configurator import UsageError
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "tools"))
 
-def test_answers_survive_their_packing():
+import evidence
+
+from lib.config import UsageError
+from lib.results import pack_correct, unpack_correct
+
+
+def test_correctness_survives_its_packing():
     right = torch.rand(1003) < 0.3
-    assert (probe.unpacked(probe.packed(right), 1003) == right.numpy()).all()
+    assert (unpack_correct(pack_correct(right), 1003) == right.numpy()).all()
 
 
 def test_intervals_of_known_cases():
-    low, high = evidence.interval_over_seeds(
-        np.array([1.0, 2.0, 3.0])
-    )  # t of two degrees of freedom: 4.303, standard error 1 / sqrt 3
+    # t of two degrees of freedom: 4.303, standard error 1 / sqrt 3
+    low, high = evidence.interval_over_seeds(np.array([1.0, 2.0, 3.0]))
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     assert all(np.isnan(evidence.interval_over_seeds(np.array([1.0]))))
     differences = np.random.default_rng(0).choice([-100.0, 0, 100], 2000, p=[0.1, 0.7, 0.2])
@@ -43,7 +49,10 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty():
 
 
 def write(folder, accuracies, seed, n=1500):
-    """A results.json as eval_linear and probe write it; accuracies {(row, part): share}, one uniform draw an image for all, so that rows differ where they must."""
+    """Write a results.json as eval_linear.py does; accuracies {(row, part): share}.
+
+    One random number an image for all rows, so that they differ where they must.
+    """
     rng = np.random.default_rng(seed)
     u = rng.random(n)
     rows = []
@@ -54,14 +63,14 @@ def write(folder, accuracies, seed, n=1500):
                 row=row,
                 part=part,
                 dims=128,
-                judge="linear, chosen lr",
+                classifier="linear, chosen lr",
                 lr=0.1,
                 test="orig",
                 metric="top1",
                 value=round(100 * right.mean(), 2),
                 seed=0,
                 n=n,
-                right=probe.packed(torch.from_numpy(right)),
+                right=pack_correct(torch.from_numpy(right)),
             )
         )
     folder.mkdir()
@@ -76,19 +85,18 @@ def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict
         write(tmp_path / f"seed{seed}", {("clever", "full"): ours, ("dino", "full"): 0.2}, seed)
     evidence.main([f"--runs={tmp_path}"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C1")]
-    assert verdict in line and "linear, linear, chosen lr, orig" in line and line.count("|") == 10
+    assert verdict in line
+    assert "linear, linear, chosen lr, orig" in line
+    assert line.count("|") == 10
     seeds = evidence.seeds_of(tmp_path)
-    [weighed] = [
-        w for claim in evidence.CLAIMS if (w := evidence.weigh(claim, seeds))
-    ]  # the others have not been measured
-    assert (
-        weighed["difference"] == pytest.approx(100 * (ours - 0.2), abs=1)
-        and weighed["over_images"][0] < weighed["difference"] < weighed["over_images"][1]
-    )
-    assert (
-        evidence.weigh(weighed["claim"], seeds[:1])["verdict"]
-        == dict(reproduced="ahead", contradicted="behind").get(verdict, verdict) + ", one seed"
-    )
+    # the others have not been measured
+    [compared] = [c for claim in evidence.CLAIMS if (c := evidence.compare(claim, seeds))]
+    assert compared["difference"] == pytest.approx(100 * (ours - 0.2), abs=1)
+    low, high = compared["over_images"]
+    assert low < compared["difference"] < high
+    one_seed = evidence.compare(compared["claim"], seeds[:1])["verdict"]
+    words = dict(reproduced="ahead", contradicted="behind", undecided="undecided")
+    assert one_seed == f"{words[verdict]}, one seed"
 
 
 def test_what_is_missing_is_told_in_a_line(tmp_path):
@@ -100,8 +108,8 @@ def test_what_is_missing_is_told_in_a_line(tmp_path):
         evidence.main(run)
     path = tmp_path / "seed0" / "results.json"
     runs = json.loads(path.read_text())
-    path.write_text(json.dumps(runs + [dict(task="folder", rows=runs[0]["rows"])]))
-    assert len(evidence.answers_of(path)) == 2  # another task's row is another row
+    path.write_text(json.dumps([*runs, dict(task="folder", rows=runs[0]["rows"])]))
+    assert len(evidence.scores_of(path)) == 2  # another task's row is another row
     path.write_text(json.dumps(runs * 2))
     with pytest.raises(
         UsageError, match="holds two rows of linear, linear, chosen lr, orig, clever, full"
@@ -114,7 +122,7 @@ def test_what_is_missing_is_told_in_a_line(tmp_path):
         evidence.main(run)
 
 
-def test_the_four_turns_of_an_image_are_one_image_and_the_second_ir_is_the_narrow_one(tmp_path):
+def test_the_four_turns_of_an_image_are_one_image(tmp_path):
     right = torch.arange(40) % 3 == 0
     row = dict(
         row="clever",
@@ -123,18 +131,18 @@ def test_the_four_turns_of_an_image_are_one_image_and_the_second_ir_is_the_narro
         value=0,
         seed=0,
         n=40,
-        right=probe.packed(right),
+        right=pack_correct(right),
     )
     rows = [
         dict(row, part="ir", dims=102),
-        dict(row, part="ir", dims=26),
+        dict(row, part="ir[:d_ef]", dims=26),
         dict(row, part="ef", dims=26),
         dict(row, part="full", dims=128),
     ]
     del rows[3]["right"]  # passed over
     (tmp_path / "results.json").write_text(json.dumps([dict(task="probe", rows=rows)]))
-    found = evidence.answers_of(tmp_path / "results.json")
-    assert [name[-1] for name in found] == ["ir", "ir as wide", "ef"]
+    found = evidence.scores_of(tmp_path / "results.json")
+    assert [name[-1] for name in found] == ["ir", "ir[:d_ef]", "ef"]
     for share in found.values():
         assert share.tolist() == [
             (right[i] + 0.0 + right[10 + i] + right[20 + i] + right[30 + i]).item() / 4
@@ -153,26 +161,23 @@ def test_a_gain_is_held_against_a_gain_of_another_setting(tmp_path, capsys):
             )
     evidence.main([f"--runs={tmp_path}"])
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| C6")]
-    assert (
-        "vit_micro clever full - dino full: 19.4, 20.6, 18.5" in line
-        and "vit_tiny clever full - dino full: " in line
-        and line.endswith("| reproduced |")
-    )
+    assert "vit_micro clever full - dino full: 19.4, 20.6, 18.5" in line
+    assert "vit_tiny clever full - dino full: " in line
+    assert line.endswith("| reproduced |")
     [claim] = [claim for claim in evidence.CLAIMS if claim.name == "C6"]
-    assert evidence.weigh(claim, evidence.seeds_of(tmp_path))["difference"] == pytest.approx(
-        15, abs=1.5
-    )  # (50 - 30) - (35 - 30)
+    gain = evidence.compare(claim, evidence.seeds_of(tmp_path))["difference"]
+    assert gain == pytest.approx(15, abs=1.5)  # (50 - 30) - (35 - 30)
     shutil.rmtree(tmp_path / "vit_tiny" / "seed2")  # a seed that lacks a side does not count
-    assert len(evidence.weigh(claim, evidence.seeds_of(tmp_path))["better"]) == 2
+    assert len(evidence.compare(claim, evidence.seeds_of(tmp_path))["better"]) == 2
     (tmp_path / "vit_tinny").mkdir()
     write(tmp_path / "vit_tinny" / "seed0", {("clever", "full"): 0.3}, 0)
     with pytest.raises(
-        UsageError, match="no claim is about a setting 'vit_tinny'; CLAIMS knows .*vit_tiny"
+        UsageError, match=r"no claim is about a setting 'vit_tinny'; CLAIMS knows .*vit_tiny"
     ):
         evidence.main([f"--runs={tmp_path}"])
 
 
-def test_videos_and_saliency_are_judged_over_seeds_alone(tmp_path):
+def test_videos_and_saliency_are_compared_over_seeds_alone(tmp_path):
     def row(name, test, metric, value):
         return dict(
             row=name, part="full", dims=8, test=test, metric=metric, value=value, n=4, seed=0
@@ -200,17 +205,15 @@ def test_videos_and_saliency_are_judged_over_seeds_alone(tmp_path):
             )
         )
     seeds = evidence.seeds_of(tmp_path)
-    davis, saliency = (
-        w for claim in evidence.CLAIMS if claim.name == "C8" and (w := evidence.weigh(claim, seeds))
-    )
+    claims = [claim for claim in evidence.CLAIMS if claim.name == "C8"]
+    davis, saliency = filter(None, (evidence.compare(claim, seeds) for claim in claims))
     half = 4.303 / 3**0.5
-    assert (
-        davis["over_both"] == davis["over_seeds"] == pytest.approx((5 - half, 5 + half))
-        and all(np.isnan(davis["over_images"]))
-        and davis["verdict"] == "reproduced"
-    )
-    assert saliency["difference"] == pytest.approx(-5) and saliency["verdict"] == "contradicted"
-    assert evidence.weigh(davis["claim"], seeds[:1])["verdict"] == "undecided, one seed"
+    assert davis["over_both"] == davis["over_seeds"] == pytest.approx((5 - half, 5 + half))
+    assert all(np.isnan(davis["over_images"]))
+    assert davis["verdict"] == "reproduced"
+    assert saliency["difference"] == pytest.approx(-5)
+    assert saliency["verdict"] == "contradicted"
+    assert evidence.compare(davis["claim"], seeds[:1])["verdict"] == "undecided, one seed"
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -221,14 +224,15 @@ def test_the_picture_is_drawn(tmp_path):
 
     assert min(Image.open(tmp_path / "x.png").size) > 50
     for path in (tmp_path / "nowhere" / "x.png", tmp_path / "x.unknown"):
-        with pytest.raises(UsageError, match="give a .png in a folder that exists"):
+        with pytest.raises(UsageError, match=r"give a \.png in a folder that exists"):
             evidence.main([f"--runs={tmp_path}", f"--picture={path}"])
 
 
 @pytest.mark.parametrize("runs", ["tinyin40_seen", "tinyin40_one_seed"])
 def test_the_tables_of_results_are_those_of_the_kept_answers(capsys, runs):
     evidence.main([f"--runs={ROOT / 'results' / runs}"])
-    lines, text = capsys.readouterr().out.splitlines(), (ROOT / "RESULTS.md").read_text()
+    lines = capsys.readouterr().out.splitlines()
+    text = (ROOT / "RESULTS.md").read_text()
     assert len(lines) > 10
     for line in lines:
         assert line in text, line

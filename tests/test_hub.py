@@ -1,0 +1,41 @@
+"""torch.hub loads a backbone of ours or of others, and cuts z as its run did."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+
+from model import build_backbone, build_network
+
+
+def load(path, **options):
+    return torch.hub.load(str(ROOT), "backbone", str(path), source="local", **options)
+
+
+@pytest.mark.parametrize("method, ratio, d_ir", [("clever", 0.5, 64), ("dino", 0.8, 128)])
+def test_a_run_is_cut_by_its_own_ratio(tmp_path, method, ratio, d_ir):
+    config = tiny_config(method=method, ratio=ratio)
+    student = build_network(config).state_dict()
+    teacher = {name: x + 1 if x.is_floating_point() else x for name, x in student.items()}
+    run = dict(config=asdict(config), student=student, teacher=teacher)
+    torch.save(run, tmp_path / "ckpt.pt")
+    backbone = load(tmp_path / "ckpt.pt")
+    assert not backbone.training
+    assert backbone.config == asdict(config)
+    assert torch.equal(backbone.pos_embed, teacher["backbone.pos_embed"])
+    assert torch.equal(
+        load(tmp_path / "ckpt.pt", part="student").pos_embed, student["backbone.pos_embed"]
+    )
+    with torch.no_grad():
+        z = backbone(torch.randn(2, 3, 32, 32))
+    z_ir, z_ef = backbone.split(z)
+    assert z_ir.shape[1] == d_ir
+    assert torch.equal(torch.cat([z_ir, z_ef], 1), z)
+
+
+def test_third_party_weights_have_no_split(tmp_path):
+    torch.save(build_backbone("vit_micro", 32, 8).state_dict(), tmp_path / "x.pt")
+    backbone = load(tmp_path / "x.pt")
+    assert backbone.config == dict(arch="vit_micro", img_size=32, patch_size=8)
+    assert [part.shape[1] for part in backbone.split(torch.zeros(2, 128))] == [128, 0]
