@@ -1,5 +1,6 @@
 """The README keeps its word: quoted lines stand in the code, tables are those of results/."""
 
+import ast
 import json
 import re
 import shutil
@@ -9,17 +10,25 @@ import sys
 import pytest
 import torch
 import torchvision
-
-import bench
-import data
-import probe
 from conftest import ROOT
 
+import eval_downstream
+import eval_linear
+import eval_seg
+from lib import config, data
+from lib.results import table_lines
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench
+import evidence
+
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in ROOT.glob("*.md")}
 
 
 def test_quoted_lines_stand_in_the_code():
-    quoted = re.findall(r"^\|.*\| `(\w+\.py)` \| `(.+)` \|$", README, re.M)
+    quoted = re.findall(r"^\|.*\| `([\w/]+\.py)` \| `(.+)` \|$", README, re.M)
     assert len(quoted) >= 10
     for file, line in quoted:
         assert line in (ROOT / file).read_text(), (file, line)
@@ -40,7 +49,7 @@ def test_speed_tables_are_benchs(path):
 def test_tables_are_the_results(path):
     assert f"results/{path.name}" in README
     for result in json.loads(path.read_text()):
-        for line in probe.table_lines(result["rows"]):
+        for line in table_lines(result["rows"]):
             assert line in README, line
 
 
@@ -53,12 +62,65 @@ def test_the_commands_are_those_of_ci():
 
 
 def test_every_module_and_config_is_named():
-    for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in README, path.name
+    modules = [path for folder in (".", "lib", "tools") for path in (ROOT / folder).glob("*.py")]
+    for path in modules:
+        if path.name != "__init__.py":
+            assert f"`{path.relative_to(ROOT)}`" in README, path.name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_script_that_a_page_names_is_there(page):
+    for name in re.findall(r"(?<![\w/$])[\w/]+\.py\b", PAGES[page]):
+        assert (ROOT / name).exists() or (ROOT / "configs" / name).exists(), name
+
+
+OPTIONS = {  # script -> its options
+    "train.py": config.Config,
+    "eval_linear.py": eval_linear.LinearConfig,
+    "eval_downstream.py": eval_downstream.DownstreamConfig,
+    "eval_seg.py": eval_seg.SegConfig,
+    "tools/bench.py": bench.BenchConfig,
+    "tools/evidence.py": evidence.EvidenceConfig,
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_of_a_command_exists(page):
+    text = PAGES[page].replace("\\\n", " ")
+    commands = re.findall(r"(?:python|torchrun .*?) (\S+\.py)([^`\n;]*)", text)
+    assert commands
+    for file, options in commands:
+        for name in re.findall(r"--(\w+)", options):
+            assert name == "help" or name in OPTIONS[file].__dataclass_fields__, (file, name)
+    known = {name for cls in OPTIONS.values() for name in cls.__dataclass_fields__}
+    known |= {"help", "key", "nproc_per_node", "max"}  # --key=value, torchrun's --max-restarts
+    assert set(re.findall(r"[ `(\"]--([a-z_]+)\b", text)) <= known
+
+
+DIFFS = re.findall(r"^```diff\n--- (\S+)\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_there_are_five_forks():
+    files = {"losses.py", "train.py", "augment.py", "model.py", "lib/rundir.py"}
+    assert {file for file, _ in DIFFS} == files and len(DIFFS) == 5
+
+
+@pytest.mark.parametrize("file, diff", DIFFS, ids=[file for file, _ in DIFFS])
+def test_the_forks_apply_and_are_short(file, diff):
+    """What a diff keeps or removes stands in the file, once; what comes out is Python."""
+    text = (ROOT / file).read_text()
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    ast.parse(text)
+    assert sum(line.startswith(("+", "-")) for line in diff.splitlines()) <= 10
 
 
 def test_the_sweeps_lines_print_the_collapse_table():
-    """The README's own lines, run on the kept logs, print the README's table."""
+    """The README's own lines, run on the recorded logs, print the README's table."""
     script = re.search(r"^python - out/ratio/\* <<'EOF'\n(.*?)^EOF$", README, re.M | re.S).group(1)
     folders = [
         f"results/collapse/{name}" for name in ("ddcl", "ddcl_preg", "clever_lam0", "clever")
