@@ -228,8 +228,8 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.data)
 
     def prototypes(self):
-        """Return the rows as they are used, (out_dim, in_dim)."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        """Return the rows as they are used, weight_g * weight_v / |weight_v|: (out_dim, in_dim)."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x):
         """The same as x @ prototypes().T, with fewer numbers to scale."""

@@ -38,17 +38,17 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
             grad_W = torch.zeros_like(W)
             loss = entropy = teacher_sum = 0
             for at in range(0, B, chunk):
-                u = student[:, at : at + chunk]  # (V, b, d)
-                t = teacher_layer(teacher[:, at : at + chunk])  # (2, b, K)
+                u = student[:, at : at + chunk].flatten(0, 1)  # (V b, d)
+                t = teacher_layer(teacher[:, at : at + chunk].flatten(0, 1)).unflatten(0, (2, -1))
                 teacher_sum = teacher_sum + t.sum((0, 1))
                 q = losses.teacher_probabilities(t, center, teacher_temp)
                 entropy = entropy + torch.special.entr(q).sum()
-                s = F.linear(u, W).div_(student_temp)  # (V, b, K)
+                s = F.linear(u, W).div_(student_temp).unflatten(0, (V, -1))  # (V, b, K)
                 part, grad_s = _value_and_gradient(term, q, s, pairs=B * (2 * V - 2))
                 loss = loss + part
-                grad_s.div_(student_temp)
-                grad_student[:, at : at + chunk] = grad_s @ W
-                grad_W.addmm_(grad_s.flatten(0, 1).T, u.flatten(0, 1))
+                grad_s = grad_s.div_(student_temp).flatten(0, 1)
+                grad_student[:, at : at + chunk] = (grad_s @ W).unflatten(0, (V, -1))
+                grad_W.addmm_(grad_s.T, u)
         loss = _PrecomputedGrad.apply(loss, grad_student, grad_W, student, prototypes)
     return loss, teacher_sum / (2 * B), entropy / (2 * B)
 

@@ -5,6 +5,7 @@ std_*, rank_* (features.std_and_rank), knn_*, knn_rotated_* (top-1 in %); for th
 collapse.metrics says.
 """
 
+import functools
 import math
 import sys
 import time
@@ -37,7 +38,8 @@ class Monitor:
         self.numbers = {}  # what was last logged
         self.waited = 0.0  # seconds, for batches, since the last line
         self.since = time.perf_counter()
-        self.bar = None
+        self.has_labels = val_set is not None and train_set.labels.min() >= 0
+        self.model = None  # with features for the table at the end
 
     def begin(self, folder):
         """Print the first screen, write views.png, evaluate what is owed; start the bar."""
@@ -144,7 +146,7 @@ class Monitor:
         every = run.config.eval_every
         if rest or not (done == run.total or (every and epoch % every == 0)):
             return
-        numbers = self.evaluate()
+        numbers = self.evaluate(is_last=done == run.total)
         records = self.folder.records()
         if "dot_ef" in numbers and records and "dot_ef" in records[0]:
             numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
@@ -162,56 +164,54 @@ class Monitor:
         return machine.broadcast(found)
 
     @torch.compiler.set_stance("force_eager")  # its batches would be compiled for, each size once
-    def evaluate(self):
+    def evaluate(self, is_last=False):
         """Return {name: number}: kNN of each part on clean and rotated images, collapse metrics."""
         run = self.run
-        backbone = run.teacher.backbone
-        common = dict(size=run.config.img_size, here=run.here, workers=run.config.workers)
+        config = run.config
+        model = features.model_of(run)
+        common = dict(size=config.img_size, here=run.here, workers=config.workers)
         numbers = collapse.metrics(run, self.first_batch)
-        has_labels = self.val_set is not None and self.train_set.labels.min() >= 0
-        clean, rotated = perturbation("orig"), perturbation("ro")
-        [on_train], train_y = features.extract(
-            backbone, self.train_set, [clean], progress="kNN: features of train", **common
-        )
-        if has_labels:
-            on_val, val_y = features.extract(
-                backbone, self.val_set, [clean, rotated], progress="kNN: of val", **common
-            )
-        for part, columns in features.part_slices(backbone.dim, run.network.d_ir).items():
-            z = on_train[:, columns]
-            numbers[f"std_{part}"], numbers[f"rank_{part}"] = features.std_and_rank(z)
-            if has_labels:
-                for name, x in zip(("knn", "knn_rotated"), on_val):
-                    top1 = features.knn_accuracy(z, train_y, x[:, columns], val_y)
-                    numbers[f"{name}_{part}"] = top1
+        val_z = ()
+        if is_last and config.probe_at_end and self.has_labels:  # finish() needs more of the same
+            sets = (self.train_set, self.val_set)
+            of_train, of_val = features.ridge_features(model, *sets, seed=config.seed, **common)
+            self.model = model._replace(ridge_features=(of_train, of_val))
+            (z, *_), y = of_train
+            (clean, *_, rotated), val_y = of_val
+            val_z = (clean, rotated)
+        else:
+            views = [perturbation("orig"), perturbation("ro", config.seed)]
+            extract = functools.partial(features.extract, model.backbone, **common)
+            [z], y = extract(self.train_set, views[:1], progress="kNN: features of train")
+            if self.has_labels:
+                val_z, val_y = extract(self.val_set, views, progress="kNN: features of val")
+        for part, columns in features.part_slices(model.backbone.dim, model.d_ir).items():
+            std, rank = features.std_and_rank(z[:, columns])
+            numbers |= {f"std_{part}": std, f"rank_{part}": rank}
+            for name, x in zip(("knn", "knn_rotated"), val_z):
+                top1 = features.knn_accuracy(z[:, columns], y, x[:, columns], val_y)
+                numbers[f"{name}_{part}"] = top1
         return numbers
 
     @torch.compiler.set_stance("force_eager")
     def finish(self):
         """With probe_at_end: print the table of this run beside the same backbone untrained."""
         self.bar.close()
-        run = self.run
-        config = run.config
-        start = time.perf_counter()
+        config, here = self.run.config, self.run.here
         path = self.folder.path("results.json")
         if not config.probe_at_end or results.read_results(path):
             return
-        if self.val_set is None or self.train_set.labels.min() < 0:
-            if run.here.is_main:
+        if not self.has_labels:
+            if here.is_main:
                 print("no table: a probe needs labels, train/CLASS and val/CLASS folders")
             return
-        models = features.trained_and_untrained(run)
-        rows = features.ridge_rows(
-            models,
-            self.train_set,
-            self.val_set,
-            config.img_size,
-            run.here,
-            config.workers,
-            config.seed,
-        )
-        if run.here.is_main:
-            print("\n" + "\n".join(results.table_lines(rows)), flush=True)
+        start = time.perf_counter()
+        untrained = features.untrained_model(vars(config), config.seed, here)
+        models = [untrained, self.model or features.model_of(self.run)]
+        given = (self.train_set, self.val_set, config.img_size, here, config.workers, config.seed)
+        rows = features.ridge_rows(models, *given)
+        if here.is_main:
+            print("", *results.table_lines(rows), sep="\n", flush=True)
             seconds = time.perf_counter() - start
             results.append_results(path, "probe", asdict(config), seconds, rows)
 

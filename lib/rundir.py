@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from lib import machine
+from lib.checkpoint import read_checkpoint, save_atomically
 from lib.config import RENAMED, Config, UsageError
-from lib.weights import read_checkpoint, save_atomically
 
 RESUME_OVERRIDABLE = {  # options that a continued run may change: they do not change the results
     *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),

@@ -11,7 +11,7 @@ import torchvision
 from conftest import tiny_config
 
 import model
-from lib import rng, weights
+from lib import checkpoint, rng, weights
 from lib.config import UsageError
 from lib.run import Run
 
@@ -419,8 +419,8 @@ def test_backbone_is_timms(tmp_path):
 
 def test_save_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    weights.save_atomically({"a": torch.ones(2)}, str(path))
+    checkpoint.save_atomically({"a": torch.ones(2)}, str(path))
     monkeypatch.setattr(torch, "save", lambda obj, file: (file.write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        weights.save_atomically({"a": torch.zeros(2)}, str(path))
-    assert torch.equal(weights.read_checkpoint(str(path))["a"], torch.ones(2))
+        checkpoint.save_atomically({"a": torch.zeros(2)}, str(path))
+    assert torch.equal(checkpoint.read_checkpoint(str(path))["a"], torch.ones(2))

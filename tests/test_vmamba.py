@@ -15,8 +15,9 @@ import eval_linear
 import lib.scan_triton
 import train
 import vmamba
+from lib.checkpoint import save_atomically
 from lib.config import UsageError
-from lib.weights import load_backbone, save_atomically
+from lib.weights import load_backbone
 from model import build_backbone
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
