@@ -182,7 +182,7 @@ def parameters(recipe, seeds, kind=GLOBAL_1):
 
     They stay on the CPU, so that a branch on them does not wait for the GPU.
     """
-    u = uniforms(fork(seeds, "augment"), 16)  # a new operation takes u[:, 16], and so on
+    u = uniforms(fork(seeds, "augment"), 16)  # a new operation: 17, and take u[:, 16]
     jitter = u[:, 3] < recipe.jitter
     strength = torch.tensor(recipe.jitter_strength)
     factors = 1 + (2 * u[:, 4:7] - 1) * strength[:3]

@@ -21,9 +21,7 @@ def backbone(path, part="teacher"):
     run's, a dict.
     """
     model, config = load_backbone(path, part)
-    # these methods do not split, whatever the ratio in old files of theirs
-    is_split = config.get("method", "dino") not in ("dino", "simsiam")
-    d_ir = int(model.dim * config["ratio"]) if is_split else model.dim
+    d_ir = int(model.dim * config.get("ratio", 1.0))
     model.split = partial(torch.tensor_split, indices=[d_ir], dim=-1)
     model.config = config
     return model

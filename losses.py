@@ -18,9 +18,8 @@ def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# A pair term maps teacher probabilities q (B, K), student logits / T_s s (B, K) -> (B,)
-
-
+# A pair term maps teacher probabilities q (B, K), student logits / T_s s (B, K) -> (B,).
+# Row b of it depends on row b of q and s only: lib/fused.py gives it a few images at a time.
 def cross_entropy(q, s):
     """L_CL: -sum_k q log p (DINO eq. 3)."""
     return -(q * s.log_softmax(-1)).sum(-1)
@@ -33,11 +32,12 @@ def dot(q, s):
 
 def cosine(q, s):
     """L_Orth as the published scripts compute it: cos(q, p)."""
-    return F.cosine_similarity(q, s.softmax(-1), dim=-1)
+    p = s.softmax(-1)
+    return (q * p).sum(-1) / (q.norm(dim=-1) * p.norm(dim=-1))
 
 
 PAIR_TERMS = {"cross-entropy": cross_entropy, "dot": dot, "cosine": cosine}  # --orth: any
-LINEAR_IN_Q = {cross_entropy, dot}  # lib/fused.py may sum the teacher's views before these
+LINEAR_IN_Q = {cross_entropy, dot}  # f(q_0 + q_1, s) = f(q_0, s) + f(q_1, s)
 
 
 def teacher_probabilities(teacher, center, temp):
@@ -83,11 +83,8 @@ def projection_regularization(head_ir, head_ef):
     return (squared_norm(head_ef) - squared_norm(head_ir)).abs()
 
 
-# SimSiam and DDCL: two views, no teacher; predictions p, projections z (2, B, dim)
-
-
 def simsiam_loss(predictions, projections):
-    """L_CL = -(cos(p_1, sg z_2) + cos(p_2, sg z_1)) / 2, the mean over images, in [-1, 1].
+    """L_CL = -(cos(p_1, sg z_2) + cos(p_2, sg z_1)) / 2 of SimSiam; p, z (2, B, dim) -> scalar.
 
     Chen and He 2021, eq. 4. sg stops the gradient; without it the views collapse to one direction.
     """

@@ -24,7 +24,7 @@ def ir_dims(dim, ratio):
 
 def split(z, ratio=0.8):
     """Cut z (..., D) into z_ir (..., int(D * ratio)) and z_ef (..., the rest) (section 3.2)."""
-    return z.tensor_split([ir_dims(z.shape[-1], ratio)], dim=-1)
+    return z.tensor_split([int(z.shape[-1] * ratio)], dim=-1)
 
 
 class Attention(nn.Module):

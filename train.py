@@ -38,18 +38,20 @@ def learning_rate(step, config, steps_per_epoch):
 
 def teacher_temperature(step, config, steps_per_epoch):
     """Go linearly from teacher_temp_start to teacher_temp over teacher_temp_epochs."""
-    start, end, warmup = config.teacher_temp_start, config.teacher_temp, config.teacher_temp_epochs
-    return start + min(1.0, step / (warmup * steps_per_epoch)) * (end - start) if warmup else end
+    start, end = config.teacher_temp_start, config.teacher_temp
+    warmup = config.teacher_temp_epochs * steps_per_epoch
+    return start + min(1.0, step / warmup) * (end - start) if warmup else end
 
 
 def distil(run, views, scale):
     """DINO and CLeVER: student against teacher; views [(2, B, 3, G, G), (L, B, 3, l, l)]."""
-    config, terms, means, logged = run.config, {}, {}, {}
+    config = run.config
+    terms, means = {}, {}
     with torch.no_grad():
         teacher = run.teacher(views[:1])  # z_ir, z_ef; ir, ef: unit vectors (2, B, bottleneck)
     student = run.student(views, scale)  # the same of all V views
 
-    def pair_loss(kind, name):  # the mean over images and pairs of views
+    def head_loss(kind, name):  # -> the loss, the teacher's mean logits (K,), its entropy
         layers = [net.heads[name].last_layer for net in (run.network, run.teacher)]
         pair = getattr(student, name), layers[0], getattr(teacher, name), layers[1]
         temps = config.student_temp, run.teacher_temp
@@ -57,11 +59,11 @@ def distil(run, views, scale):
         return compute(losses.PAIR_TERMS[kind], *pair, run.centers[name], temps, config.loss_chunk)
 
     # L_CL: ir agrees between the views of an image
-    terms["L_CL"], means["ir"], logged["H_ir"] = pair_loss("cross-entropy", "ir")
-    logged["KL"] = terms["L_CL"].detach() - logged["H_ir"]  # what the student has yet to learn
+    terms["L_CL"], means["ir"], entropy = head_loss("cross-entropy", "ir")
+    logged = {"H_ir": entropy, "KL": terms["L_CL"].detach() - entropy}  # KL: yet to be learned
     # L_Orth: ef differs between them; L_PReg: and not because its head shrinks to nothing
     if student.ef is not None:
-        terms["L_Orth"], means["ef"], logged["H_ef"] = pair_loss(config.orth, "ef")
+        terms["L_Orth"], means["ef"], logged["H_ef"] = head_loss(config.orth, "ef")
         heads = run.network.head_ir, run.network.head_ef
         terms["L_PReg"] = losses.projection_regularization(*heads)
     return terms, means, logged
@@ -83,14 +85,14 @@ def siamese(run, views, scale):
     return terms, {}, {}
 
 
-METHODS = {  # name: (f, z is split into ir and ef, kind of head); with prototypes: a teacher
+METHODS = {  # name: (f, z is split into ir and ef, kind of head; only "prototypes" has a teacher)
     # f(run, views, drop path's scale) -> loss terms, the teacher's mean logits, what else to log
     "clever": (distil, True, "prototypes"),
     "dino": (distil, False, "prototypes"),
     "ddcl": (siamese, True, "siamese"),
     "simsiam": (siamese, False, "siamese"),
 }
-TERM_WEIGHTS = {"L_CL": "alpha", "L_Orth": "beta", "L_PReg": "lambda_preg"}  # options
+WEIGHTS = {"L_CL": "alpha", "L_Orth": "beta", "L_PReg": "lambda_preg"}  # loss term: its option
 
 
 def backward(run, batch):
@@ -98,20 +100,21 @@ def backward(run, batch):
 
     Returns the means over the share: what to log (0-dim), the teacher's logits of each head (K,).
     """
-    config, logged, teacher_means = run.config, defaultdict(float), defaultdict(float)
+    config = run.config
+    logged, teacher_means = defaultdict(float), defaultdict(float)
     parts = data.split_batch(batch, config.max_batch_per_gpu)
     for i, part in enumerate(parts):
         # crops -> augmented, normalized views; the paths that the student drops
         views = run.views(part)
         scale = run.drop_path_scales(part.seeds, views)
 
-        # L = alpha L_CL + beta L_Orth + lambda L_PReg + any other term, which weighs 1 or what an
-        # option of its name says; ranks exchange gradients once
+        # L = alpha L_CL + beta L_Orth + lambda L_PReg + any other term, which weighs 1 unless
+        # WEIGHTS names its option; ranks exchange gradients once
         is_last = i == len(parts) - 1
         with nullcontext() if is_last or run.here.world == 1 else run.student.no_sync():
             with run.here.autocast():
                 terms, means, more = METHODS[config.method][0](run, views, scale)
-            weight = {name: getattr(config, TERM_WEIGHTS.get(name, name), 1.0) for name in terms}
+            weight = {n: getattr(config, WEIGHTS[n]) if n in WEIGHTS else 1.0 for n in terms}
             loss = sum(weight[name] * term for name, term in terms.items())
             (loss / len(parts)).backward()
 
@@ -137,15 +140,15 @@ def train_step(run, step, batch):
     # gradients, each clipped by itself; the prototypes stand still at first
     logged, teacher_means = backward(run, batch)
     is_finite = run.clip_gradients()
-    if run.centers and step < config.freeze_last_layer * run.steps_per_epoch:
+    if run.has_teacher and step < config.freeze_last_layer * run.steps_per_epoch:
         for head in run.network.heads.values():
             head.last_layer.weight_v.grad = None
 
-    # student: AdamW; a gradient that is not finite makes the device skip the step
+    # student: AdamW or SGD; if a gradient is not finite, the device skips the update
     run.step_optimizer(is_finite)
 
-    # teacher <- m teacher + (1 - m) student; the centers follow its logits in the same way
-    if run.centers:
+    # teacher <- m teacher + (1 - m) student; centers <- an EMA of its logits (not if skipped)
+    if run.has_teacher:
         pair = list(run.teacher.parameters()), list(run.network.parameters())
         with torch.no_grad():
             torch._foreach_lerp_(*pair, 1 - momentum)
@@ -170,7 +173,7 @@ def main(argv):
     tables = dict(method=METHODS, orth=losses.PAIR_TERMS, recipe=RECIPES, arch=BACKBONES)
     config = configure(Config, argv, **tables)
     here = machine.join(config.device, config.precision)
-    vmamba.set_backend(config.scan)
+    vmamba.set_backend(config.scan, here.device)
 
     # whatever is wrong with the options or the data is found before anything is written
     train_set, val_set = data.open_for_training(config, here)
@@ -187,12 +190,11 @@ def main(argv):
             monitor.step(step + 1, terms, signal)
             folder.save_if_due(step + 1, signal)
             if signal:
-                machine.leave(signal, f"after step {step + 1}; the same command continues")
+                machine.leave(signal, step + 1)
             monitor.epoch_end(step + 1)
     monitor.finish()
     machine.wait_for_ranks()
 
 
 if __name__ == "__main__":
-    again = "stopped; the same command continues from the last checkpoint"
-    machine.run_main(main, when_interrupted=again, usage=__doc__)
+    machine.run_main(main, "stopped; the same command continues from the last checkpoint", __doc__)

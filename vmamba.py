@@ -181,18 +181,21 @@ def _gradients(a, c, total):
 
 BACKENDS = ("loop", "torch", "triton")
 default_backend = None  # None: Triton on a GPU that runs it, else PyTorch
+CPU = torch.device("cpu")
 
 
-def set_backend(name):
-    """Set the default backend: the option --scan, 'auto' or one of BACKENDS."""
+def set_backend(name, device=CPU):
+    """Set the default backend: 'auto' or one of BACKENDS. UsageError if it cannot run on device."""
     global default_backend
-    default_backend = None if name == "auto" else name
+    default_backend = None if name == "auto" else choose_backend(device, name)
 
 
 def choose_backend(device, backend=None):
     """Return the backend for this torch.device. UsageError for one that does not run there."""
     fastest = "triton" if device.type == "cuda" and available(device) else "torch"
-    backend = backend or default_backend or fastest
+    # a default gives way: a network is checked on the CPU before it moves to the GPU
+    gives_way = default_backend == "triton" and not available(device)
+    backend = backend or (None if gives_way else default_backend) or fastest
     if backend not in BACKENDS:
         raise UsageError(f"scan={backend}: choose from {', '.join(BACKENDS)}")
     if backend == "triton" and not available(device):

@@ -18,26 +18,28 @@ def metrics(run, batch):
     norm_*: of a head's parameters. std_proj_*, rank_proj_*: features.std_and_rank of its output
     (in front of prototypes). cos_*: mean |cosine| of two views' outputs. dot_ef: mean |product| of
     the vectors that L_Orth takes (teacher's and student's probabilities, or projections and
-    predictions), lengths_ef: the mean product of their lengths. What of dot_ef's fall the lengths
-    explain is not due to orthogonality (share_of_lengths). The same on every rank.
+    predictions), lengths_ef: the mean product of their lengths. dot_ef can fall because vectors
+    rotate or because they shrink; share_of_lengths tells which. The same on every rank.
     """
     views = run.views(batch._replace(local_crops=batch.local_crops[:, :0]))[0]  # (2, B, 3, G, G)
     parts = features.part_slices(run.network.backbone.dim, run.network.d_ir)
     student = [_frozen(run.network.backbone, view, run.here) for view in views]  # (B, D) each
-    numbers = {}
+    numbers, outputs = {}, {}
     for name, head in run.network.heads.items():
         own = copy.deepcopy(head)  # in training mode: batch norm's running means would move
         columns = parts.get(name, slice(None))
         out = own.embed(torch.cat(student)[:, columns])
-        projections = (out if run.centers else out[0]).chunk(2)  # (B, dim) of each view
+        projections = (out if run.has_teacher else out[0]).chunk(2)  # (B, dim) of each view
         numbers[f"norm_{name}"] = losses.squared_norm(head).sqrt().item()
-        spread = features.std_and_rank(torch.cat(projections))
-        numbers[f"std_proj_{name}"], numbers[f"rank_proj_{name}"] = spread
+        std_and_rank = features.std_and_rank(torch.cat(projections))
+        numbers[f"std_proj_{name}"], numbers[f"rank_proj_{name}"] = std_and_rank
         cosine = F.cosine_similarity(*projections, dim=-1)
         numbers[f"cos_{name}"] = cosine.abs().mean().item()
-    if run.network.head_ef is not None:
-        if run.centers:
-            z = _frozen(run.teacher.backbone, views[0], run.here)[:, columns]
+        outputs[name] = own, projections, out
+    if "ef" in outputs:
+        own, projections, out = outputs["ef"]
+        if run.has_teacher:
+            z = _frozen(run.teacher.backbone, views[0], run.here)[:, parts["ef"]]
             center = run.centers["ef"]
             q = losses.teacher_probabilities(run.teacher.head_ef(z), center, run.teacher_temp)
             p = (own.last_layer(projections[1]) / run.config.student_temp).softmax(-1)
@@ -49,7 +51,7 @@ def metrics(run, batch):
 
 
 def _frozen(backbone, images, here):
-    """Return backbone(images) (B, D) in eval mode, fp32."""
+    """Return z (B, D) as fp32, in eval mode, computed under autocast."""
     was_training = backbone.training
     backbone.eval()
     with here.autocast():
@@ -62,7 +64,7 @@ def share_of_lengths(first, now):
     """Return what share of dot_ef's fall the fall of lengths_ef explains, in logarithms.
 
     0: the vectors have only rotated; 1: only shrunk; above 1: shrunk and rotated together.
-    nan: dot_ef has not fallen. first, now: of collapse_metrics.
+    nan: dot_ef has not fallen. first, now: of metrics.
     """
     fall = {}
     for name in ("dot_ef", "lengths_ef"):
@@ -77,7 +79,8 @@ def warnings(numbers, config):
         "ef": "that alone brings L_Orth down to 1/K, and ef learns little from it; raise beta or "
         "lower lambda_preg",
     }
-    for head, K in (("ir", config.out_dim), ("ef", config.out_dim_ef)):
+    prototypes = {"ir": config.out_dim, "ef": config.out_dim_ef}
+    for head, K in prototypes.items():
         entropy = numbers.get(f"H_{head}", 0)
         if entropy > 0.99 * math.log(K):
             yield (
@@ -91,8 +94,13 @@ def warnings(numbers, config):
                 f"the representation's {part} part has collapsed (std {std:.3f}, effective rank "
                 f"{rank:.1f}): lower lr, raise the batch size or the warm-up"
             )
-    if "norm_ef" in numbers and numbers["norm_ef"] < 0.1 * numbers["norm_ir"]:
+    # norms without the fixed gains of a prototype head, 1 each
+    gains = {head: K if f"H_{head}" in numbers else 0 for head, K in prototypes.items()}
+    norms = {}
+    for head, gain in gains.items():
+        norms[head] = math.sqrt(max(numbers.get(f"norm_{head}", 0) ** 2 - gain, 0))
+    if "norm_ef" in numbers and norms["ef"] < 0.1 * norms["ir"]:
         yield (
-            f"the ef head has shrunk to norm {numbers['norm_ef']:.2g} against the ir head's "
-            f"{numbers['norm_ir']:.2g}: raise lambda_preg"
+            f"the ef head has shrunk to norm {norms['ef']:.2g} against the ir head's "
+            f"{norms['ir']:.2g} (without fixed gains): raise lambda_preg"
         )

@@ -48,16 +48,16 @@ class Config:
     out_dim: int = option(65536, "prototypes K of the head (clever, dino)", 2, 2**24)
     out_dim_ef: int = option(0, "K of the ef head; 0: same as out_dim", 2, 2**24)
     head_hidden: int = option(2048, "width of the head's MLP", 1, 2**20)
-    head_bottleneck: int = option(256, "dimension in front of the prototypes; ddcl: hidden width "
-                                  "of the predictor (simsiam: head_hidden / 4)", 1, 2**20)
-    drop_path: float = option(0.1, "stochastic depth of the student's ViT or VMamba", 0, 0.99)
+    head_bottleneck: int = option(256, "dimension before the prototypes; ddcl, simsiam: hidden "
+                                  "width of the predictor", 1, 2**20)
+    drop_path: float = option(0.1, "stochastic depth of the student; ViT and VMamba only", 0, 0.99)
     init_from: str = option("", "weight file to start a NEW schedule from: ours or third-party")
     alpha: float = option(1.0, "weight of L_CL", group="loss")
     beta: float = option(1.0, "weight of L_Orth")
     lambda_preg: float = option(0.001, "weight of L_PReg (paper's best: 0.001)", 0)
     orth: str = option("dot", "L_Orth: 'dot' is the paper's, 'cosine' the published scripts'")
     student_temp: float = option(0.1, "temperature of the student's softmax", 1e-6, 100)
-    teacher_temp: float = option(0.04, "of the teacher's softmax", 1e-6, 100)
+    teacher_temp: float = option(0.04, "of the teacher's softmax, after the warm-up", 1e-6, 100)
     teacher_temp_start: float = option(0.04, "linear warm-up from here ...", 1e-6, 100)
     teacher_temp_epochs: int = option(0, "... over this many epochs", 0, 10**6)
     center_momentum: float = option(0.9, "EMA of the teacher's mean logits", 0, 1)
@@ -108,9 +108,6 @@ class Config:
             numbers = [x for x in scale if type(x) in (int, float)]
             if len(scale) != 2 or len(numbers) != 2 or not 0 < scale[0] <= scale[1] <= 1:
                 raise UsageError(f"{name}={scale!r:.60}: must be two shares, 0 < low <= high <= 1")
-        if self.method in ("simsiam", "ddcl") and self.local_crops:
-            raise UsageError(f"local_crops={self.local_crops}: {self.method} has two views only: "
-                             "use --local_crops=0")
         if 1 <= self.epochs <= self.warmup_epochs:
             raise UsageError(f"warmup_epochs={self.warmup_epochs}: must be < epochs={self.epochs}")
 

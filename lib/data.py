@@ -142,6 +142,8 @@ def _torchvision_images(name, split, root, download):
     for piece in pieces:  # no public attribute gives paths and labels without decoding
         paths += map(str, piece._images if hasattr(piece, "_images") else piece._image_files)
         labels += piece._labels
+    if not 0 <= min(labels) <= max(labels) < len(first.classes):
+        raise UsageError(f"data={name}: labels outside of its classes; fetch {name} again")
     return file_images(paths, labels, first.classes, f"fetch {name} again")
 
 
@@ -366,12 +368,13 @@ def train_loader(images, config, start, stop, here):
 
 
 def first_batch(images, config, n):
-    """Return whole images uint8 (n, 3, G, G) and the Batch of the run's first n samples."""
+    """Return the Batch of the run's first n samples; before it 6 whole images (6, 3, G, G)."""
     [first] = Schedule(len(images), config.batch_size, config.seed, 0, 1)
     center = partial(_crop, size=config.img_size)
-    columns = [_Samples(images, config.seed, crops) for crops in (center, _views(config))]
-    whole, batch = (_collate([samples[item] for item in first[:n]]) for samples in columns)
-    return whole[0], batch
+    samples = _Samples(images, config.seed, center)
+    whole = _collate([samples[item] for item in first[: min(n, 6)]])
+    samples = _Samples(images, config.seed, _views(config))
+    return whole[0], _collate([samples[item] for item in first[:n]])
 
 
 def part_size(n, limit):

@@ -224,7 +224,7 @@ class Model(NamedTuple):
 def start(config):
     """Begin an evaluation: here, models, config of ckpt's run, side of crops, results' folder."""
     here = machine.join(config.device, config.precision)
-    vmamba.set_backend(config.scan)
+    vmamba.set_backend(config.scan, here.device)
     models, trained = open_models(config, here)
     arch = trained["arch"]
     if config.arch not in ("", arch):
@@ -247,9 +247,7 @@ def open_models(config, here):
         backbone, trained = load_backbone(path)
         method = trained.get("method", trained["arch"])
         row = path if method in [model.row for model in models] else method
-        # these methods do not split, whatever the ratio in old files of theirs
-        ratio = 1.0 if method in ("dino", "simsiam") else trained.get("ratio", 1.0)
-        d_ir = ir_dims(backbone.dim, ratio)
+        d_ir = ir_dims(backbone.dim, trained.get("ratio", 1.0))
         models.append(Model(row, backbone.to(here.device), d_ir, trained))
     facts = [_facts(model.trained) for model in models]
     if facts[0] != facts[-1]:

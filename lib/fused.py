@@ -2,9 +2,11 @@
 
 With K = 65536 prototypes and ten views the logits (V, B, K) fill gigabytes. Here they exist for one
 chunk of images at a time. Inside a chunk autograd differentiates the plain pair term; the gradients
-by the unit vectors and by the normalized prototypes are added up over the chunks. The result equals
+of the unit vectors and of the normalized prototypes are added up over the chunks. The result equals
 losses.pair_loss of all logits, for ANY pair term (tests/test_losses.py).
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
         the loss (its gradients serve one backward), the teacher's mean logits (K,), and its mean
         entropy in nats (ln K: it says nothing; 0: it is certain).
     """
+    check_term(term)
     V, B, _ = student.shape
     student_temp, teacher_temp = temps
     with torch.autocast(student.device.type, enabled=False):
@@ -53,6 +56,20 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
     return loss, teacher_sum / (2 * B), entropy / (2 * B)
 
 
+@functools.cache
+def check_term(term):
+    """Assert that a pair term is one number per row, from that row, and linear if so declared."""
+    generator = torch.Generator().manual_seed(0)
+    q, r = (5 * torch.randn(2, 8, 16, generator=generator)).softmax(-1)
+    s = 5 * torch.randn(8, 16, generator=generator)
+    values, name = term(q, s), getattr(term, "__name__", term)
+    assert values.shape == (8,), f"{name}: must return (B,), returns {tuple(values.shape)}"
+    assert torch.allclose(term(q[:1], s[:1]), values[:1]), f"{name}: mixes the images of a batch"
+    if term in losses.LINEAR_IN_Q:
+        is_linear = torch.allclose(term(q + r, s), values + term(r, s), rtol=1e-4)
+        assert is_linear, f"{name}: not linear in q, remove it from LINEAR_IN_Q"
+
+
 def _value_and_gradient(term, q, s, pairs):
     """Sum the term over the pairs of a chunk, divide by `pairs` -> scalar, gradient by s (V, b, K).
 
@@ -73,6 +90,7 @@ def _value_and_gradient(term, q, s, pairs):
 
 def plain_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
     """Compute what prototype_loss computes by the plain formulas, holding all logits (V, B, K)."""
+    check_term(term)
     with torch.autocast(student.device.type, enabled=False):
         t = teacher_layer(teacher).detach()  # (2, B, K)
         loss = losses.pair_loss(term, layer(student), t, center, *temps)

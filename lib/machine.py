@@ -37,8 +37,6 @@ def join(device="auto", precision="auto"):
     precision, autocast = choose_precision(precision, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if precision == "bf16":  # TF32 for what stays fp32: the logits of the prototypes
-            torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
         if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
@@ -84,7 +82,7 @@ def wait_for_ranks():
 
     Destroyed here, it could hang: DistributedDataParallel, which holds the last reference to it,
     keeps Python's lock at its own end while it waits for a communication thread, and that may want
-    the lock to drop a tensor. Two runs of some thousand hung. So run_main ends the process instead.
+    the lock to drop a tensor. So run_main ends the process instead.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -117,11 +115,12 @@ def catch_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def leave(number, message):
+def leave(number, step):
     """Leave because of a signal, all ranks together: exit code 143 for SIGTERM, 130 for SIGINT."""
     if rank_and_world()[0] == 0:
         name = signal.Signals(number).name
-        print(f"stopped by {name} {message}", file=sys.stderr, flush=True)
+        message = f"stopped by {name} after step {step}; the same command continues from there"
+        print(message, file=sys.stderr, flush=True)
     wait_for_ranks()
     sys.exit(128 + number)
 

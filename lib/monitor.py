@@ -31,8 +31,8 @@ class Monitor:
         self.run = run
         self.train_set = train_set
         self.val_set = val_set
-        n = min(run.config.batch_size, 256)
-        self.whole, self.first_batch = data.first_batch(train_set, run.config, n)
+        if run.here.is_main:  # decoded now: nothing is written if that is impossible
+            self.whole, self.shown = data.first_batch(train_set, run.config, 6)
         self.broken = data.BrokenFiles(len(train_set))
         self.history = defaultdict(list)  # name -> values of the steps since the last line
         self.numbers = {}  # what was last logged
@@ -41,13 +41,18 @@ class Monitor:
         self.has_labels = val_set is not None and train_set.labels.min() >= 0
         self.model = None  # with features for the table at the end
 
+    @functools.cached_property
+    def first_batch(self):
+        n = min(self.run.config.batch_size, 256)
+        return data.first_batch(self.train_set, self.run.config, n)[1]
+
     def begin(self, folder):
         """Print the first screen, write views.png, evaluate what is owed; start the bar."""
         run = self.run
         self.folder = folder
         step = folder.step
         if run.here.is_main:
-            print(first_screen(run, step, self.train_set))
+            print(first_screen(run, step, self.train_set), flush=True)
         if step == 0:
             if run.here.is_main:
                 torchvision.utils.save_image(self.picture(), folder.path("views.png"))
@@ -72,10 +77,9 @@ class Monitor:
 
     def picture(self):
         """Draw six images, a row each: the image, then its views as the network sees them."""
-        batch = data.Batch(*(column[:6] for column in self.first_batch[:4]), [])
-        views = self.run.views(batch)
+        views = self.run.views(self.shown)
         size = self.run.config.img_size
-        pictures = [self.whole[None, :6] / 255]  # each (n, B, 3, size, size)
+        pictures = [self.whole[None] / 255]  # each (n, B, 3, size, size)
         for view in views:
             border = size - view.shape[-1]
             pad = (border // 2, border - border // 2) * 2
@@ -144,11 +148,14 @@ class Monitor:
         run = self.run
         epoch, rest = divmod(done, run.steps_per_epoch)
         every = run.config.eval_every
+        if rest == 0:
+            self.since = time.perf_counter()  # a checkpoint was written
         if rest or not (done == run.total or (every and epoch % every == 0)):
             return
         numbers = self.evaluate(is_last=done == run.total)
         records = self.folder.records()
-        if "dot_ef" in numbers and records and "dot_ef" in records[0]:
+        warms_up = run.config.teacher_temp_epochs > 0  # then probabilities shrink by themselves
+        if "dot_ef" in numbers and records and "dot_ef" in records[0] and not warms_up:
             numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
         self.folder.log(step=done, epoch=float(epoch), **numbers)
         if run.here.is_main:
@@ -172,7 +179,7 @@ class Monitor:
         common = dict(size=config.img_size, here=run.here, workers=config.workers)
         numbers = collapse.metrics(run, self.first_batch)
         val_z = ()
-        if is_last and config.probe_at_end and self.has_labels:  # finish() needs more of the same
+        if is_last and self.needs_table():  # more of the same features
             sets = (self.train_set, self.val_set)
             of_train, of_val = features.ridge_features(model, *sets, seed=config.seed, **common)
             self.model = model._replace(ridge_features=(of_train, of_val))
@@ -193,16 +200,18 @@ class Monitor:
                 numbers[f"{name}_{part}"] = top1
         return numbers
 
+    def needs_table(self):
+        """Tell whether the run ends with a table: probe_at_end, labels, and none is there yet."""
+        wanted = self.run.config.probe_at_end and self.has_labels
+        return wanted and not results.read_results(self.folder.path("results.json"))
+
     @torch.compiler.set_stance("force_eager")
     def finish(self):
         """With probe_at_end: print the table of this run beside the same backbone untrained."""
         self.bar.close()
         config, here = self.run.config, self.run.here
-        path = self.folder.path("results.json")
-        if not config.probe_at_end or results.read_results(path):
-            return
-        if not self.has_labels:
-            if here.is_main:
+        if not self.needs_table():
+            if config.probe_at_end and not self.has_labels and here.is_main:
                 print("no table: a probe needs labels, train/CLASS and val/CLASS folders")
             return
         start = time.perf_counter()
@@ -213,6 +222,7 @@ class Monitor:
         if here.is_main:
             print("", *results.table_lines(rows), sep="\n", flush=True)
             seconds = time.perf_counter() - start
+            path = self.folder.path("results.json")
             results.append_results(path, "probe", asdict(config), seconds, rows)
 
 

@@ -1,5 +1,6 @@
 """What a training step works on: student, teacher, optimizer, centers; distributed, compiled."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -19,20 +20,24 @@ from lib.weights import load_backbone
 
 @dataclass
 class Run:
-    """What a training step works on."""
+    """What a training step works on. What the next step needs is in RunDir.save and restore too."""
 
     config: Config
     here: machine.Here
     recipe: augment.Recipe
     steps_per_epoch: int
     network: nn.Module  # the student, model.Network
-    teacher: nn.Module  # a second one; SimSiam and DDCL have none: the student itself
+    teacher: nn.Module  # EMA of network, in training mode as DINO's; without one: network itself
     student: nn.Module  # network, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     centers: dict  # head -> center (K,); empty without a teacher
     skipped: torch.Tensor  # (2,) int64: steps skipped in all, and in a row until now
-    stream: object  # on a GPU: views are made in it, beside the step before
+    stream: object  # CUDA stream that makes the next views; None on a CPU
     teacher_temp: float = 0.0  # of the current step
+
+    @property
+    def has_teacher(self):
+        return self.teacher is not self.network
 
     @property
     def total(self):
@@ -43,6 +48,8 @@ class Run:
     def start(cls, network, has_teacher, config, steps_per_epoch, here):
         """Build a run around a student on the CPU: teacher, optimizer, centers, compiled blocks."""
         device = here.device
+        if not has_teacher:
+            check_two_views(config, network)
         if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
             init_from(network.backbone, config)
         network = network.to(device)
@@ -54,6 +61,8 @@ class Run:
             ids = [device.index] if device.type == "cuda" else None
             student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         config.compile = compile_blocks(networks, config.compile, device)
+        if device.type == "cuda" and here.precision == "bf16":  # TF32 for the prototypes' logits
+            torch.set_float32_matmul_precision("high")
         config.device = device.type  # resolved, for config.json
         config.precision = here.precision
         centers = {}
@@ -76,17 +85,16 @@ class Run:
     def views(self, batch):
         """Make the views of a data.Batch on the device: [(2, B, 3, G, G), (L, B, 3, l, l)].
 
-        On a GPU in a stream of their own: Python is ahead of the card, so that is while the card is
-        still at the step before.
+        On a GPU this runs in a stream of its own, while the GPU still computes the step before.
         """
-        here = torch.cuda.current_stream() if self.stream else None
-        with torch.cuda.stream(self.stream):  # None: does nothing
+        main_stream = torch.cuda.current_stream() if self.stream else None
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             crops = [x.to(self.here.device, non_blocking=True) for x in batch[:2]]
             views = augment.augment_views(*crops, batch.seeds, self.recipe)
         if self.stream:
-            here.wait_stream(self.stream)
+            main_stream.wait_stream(self.stream)
             for view in views:
-                view.record_stream(here)  # so that its memory stays taken for this step
+                view.record_stream(main_stream)  # so that its memory stays taken for this step
         return views
 
     def drop_path_scales(self, seeds, views):
@@ -112,7 +120,10 @@ class Run:
     @torch.no_grad()
     def clip_gradients(self):
         """Scale each gradient by itself to at most clip_grad (0: off) -> whether all are finite."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        unused = [name for name, p in trained.items() if p.grad is None]
+        assert not unused, f"no loss term reaches {unused[0]}: use it, or freeze it"
+        gradients = [p.grad for p in trained.values()]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self.config.clip_grad:
             scales = (self.config.clip_grad / (norms + 1e-6)).clamp(max=1)
@@ -126,6 +137,15 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped[0] += ~is_finite
         self.skipped[1] = (self.skipped[1] + 1) * ~is_finite
+
+
+def check_two_views(config, network):
+    """UsageError for options that a method without a teacher cannot follow."""
+    if config.local_crops:
+        fix = "has two views only: use --local_crops=0"
+        raise UsageError(f"local_crops={config.local_crops}: {config.method} {fix}")
+    if network.head_ef is not None and config.orth not in ("cosine", "dot"):
+        raise UsageError(f"orth={config.orth}: {config.method} has cosine and dot only")
 
 
 def init_from(backbone, config):
@@ -169,23 +189,33 @@ def sync_batch_norm(network, device):
 
 
 class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all ranks' images on CPUs, for which torch's SyncBatchNorm has no kernel.
-
-    Every rank normalizes all images, (N, C) or (N, C, H, W), and keeps its own.
-    """
+    """Batch norm over the images of all ranks on CPUs; torch's SyncBatchNorm has no kernel."""
 
     def _check_input_dim(self, x):
-        pass
+        pass  # (N, C) and (N, C, H, W) alike
 
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        everyone = dist.nn.functional.all_gather(x.contiguous())  # gradients flow through this one
-        return super().forward(torch.cat(everyone)).chunk(len(everyone))[dist.get_rank()]
+        world = dist.get_world_size()
+        images = (0, *range(2, x.ndim))
+        channels = (-1, *(1,) * (x.ndim - 2))  # a row of C numbers as it meets x
+        all_reduce = dist.nn.functional.all_reduce  # gradients flow through this one
+        mean = all_reduce(x.mean(images, dtype=torch.float32)) / world  # (C,)
+        var = all_reduce((x - mean.view(channels)).square().mean(images)) / world  # (C,)
+        with torch.no_grad():
+            n = x.numel() // x.shape[1] * world
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
+        y = (x - mean.view(channels)) * (var + self.eps).rsqrt().view(channels)
+        if self.affine:
+            y = y * self.weight.view(channels) + self.bias.view(channels)
+        return y.to(x.dtype)
 
 
 def compile_blocks(networks, wanted, device):
-    """Compile the backbones' blocks one by one -> whether. None: a ViT's on a GPU, else nothing.
+    """Compile the backbones' blocks one by one, and return whether; None: only a ViT's on a GPU.
 
     A CPU gains little and compiles for minutes; a ResNet would be one large graph.
     """
@@ -204,6 +234,6 @@ def compile_blocks(networks, wanted, device):
 
 
 def fall_back_to_eager(wanted):
-    """Run a block eagerly if it fails to compile: what nobody asked for must not end a run."""
+    """Fall back to eager when a block fails to compile: what nobody asked for ends no run."""
     torch._dynamo.config.suppress_errors = wanted
     torch._functorch.config.force_non_lazy_backward_lowering = wanted  # so the backward fails now

@@ -19,7 +19,8 @@ from lib import machine
 from lib.checkpoint import read_checkpoint, save_atomically
 from lib.config import RENAMED, Config, UsageError
 
-RESUME_OVERRIDABLE = {  # options that a continued run may change: they do not change the results
+KEYS = {"config", "step", "images", "student", "teacher", "optimizer", "centers"}  # of ckpt.pt
+RESUME_OVERRIDABLE = {  # options that a continued run may change: results differ by rounding only
     *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),
     *("scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download"),
 }
@@ -68,7 +69,7 @@ class RunDir:
             self._refuse_other(there)
         try:
             os.makedirs(config.out_dir, exist_ok=True)
-            self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT)
+            self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             with open(path + ".partial", "w") as file:
                 json.dump(asdict(config), file, indent=1)
@@ -77,25 +78,22 @@ class RunDir:
             cause = "another run is at work there; wait for its end, or choose another"
             raise UsageError(f"out_dir={config.out_dir}: {cause}") from None
         except OSError as error:
-            cause = f"{error.strerror}; choose another"
-            raise UsageError(f"out_dir={config.out_dir}: {cause}") from None
+            raise UsageError(
+                f"out_dir={config.out_dir}: {error.strerror}; choose another"
+            ) from None
 
     def _refuse_other(self, there):
         """UsageError if the folder's run has other options than this one, where they matter."""
         here = json.loads(json.dumps(asdict(self.run.config)))
-        there = json.loads(json.dumps({RENAMED.get(name, name): there[name] for name in there}))
+        defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+        there = defaults | {RENAMED.get(name, name): there[name] for name in there}
+        there = json.loads(json.dumps(there))
+        if here["ratio"] == 1.0:  # no split; older runs kept the default
+            there["ratio"] = 1.0
         differ = []
         for name in here | there:
-            is_new = name not in there and here[name] == Config.__dataclass_fields__[name].default
-            no_split = name == "ratio" and here[name] == 1.0  # older runs kept their default here
-            if (
-                name in RESUME_OVERRIDABLE
-                or is_new
-                or no_split
-                or there.get(name) == here.get(name)
-            ):
-                continue
-            differ.append(f"{name}={there.get(name)!r} there, {here.get(name)!r} here")
+            if name not in RESUME_OVERRIDABLE and there.get(name) != here.get(name):
+                differ.append(f"{name}={there.get(name)!r} there, {here.get(name)!r} here")
         if differ:
             raise UsageError(
                 f"out_dir={self.run.config.out_dir} holds another run ({'; '.join(differ)}): "
@@ -125,7 +123,9 @@ class RunDir:
             if signal or done == self.run.total:
                 fix = "make room, then the same command continues from the last one"
                 raise UsageError(f"{problem}; {fix}") from None
-            tqdm.write(f"WARNING: {problem}; the last good one stays, the next comes in its turn")
+            tqdm.write(
+                f"WARNING: {problem}; the last good one stands, the next is tried in its turn"
+            )
 
     def save(self, done):
         """Write ckpt.pt and backbone.pt, each whole or not at all. OSError if the disk refuses."""
@@ -147,6 +147,7 @@ class RunDir:
             optimizer=run.optimizer.state_dict(),
             centers=run.centers,
             skipped=run.skipped,
+            teacher_temp=run.teacher_temp,
         )
         save_atomically(checkpoint, self.path("ckpt.pt"))
         backbone = {name: x.cpu() for name, x in run.teacher.backbone.state_dict().items()}
@@ -159,7 +160,7 @@ class RunDir:
         if not os.path.exists(path):
             return
         checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, dict) or not {"config", "optimizer"} <= checkpoint.keys():
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
             raise UsageError(
                 f"{path}: not a checkpoint that train.py can continue; move it away, or start from "
                 "its weights with --init_from in another --out_dir"
@@ -175,7 +176,10 @@ class RunDir:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         for name, center in run.centers.items():
             center.copy_(checkpoint["centers"][name])
-        run.skipped.copy_(checkpoint["skipped"])
+        run.skipped.copy_(checkpoint.get("skipped", run.skipped))
+        run.teacher_temp = checkpoint.get(
+            "teacher_temp", run.config.teacher_temp
+        )  # absent in older files
         self.step = checkpoint["step"]
 
     # --- the log
@@ -198,8 +202,8 @@ class RunDir:
             tqdm.write(f"WARNING: step {numbers['step']} is not in {path}: {error.strerror}")
 
     def records(self):
-        """Return the lines of log.jsonl as dicts; [] if there is none."""
-        if not os.path.exists(self.path("log.jsonl")):
+        """Return the lines of log.jsonl as dicts, on the main rank; [] if there is none."""
+        if not self.run.here.is_main or not os.path.exists(self.path("log.jsonl")):
             return []
         with open(self.path("log.jsonl")) as file:
             return [json.loads(line) for line in file if line.endswith("\n")]

@@ -27,13 +27,16 @@ def load_backbone(path, part="teacher"):
     """
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
-    found = _recognize(state, path)
-    arch = found["arch"]
-    config = checkpoint.get("config")
+    config, beside = checkpoint.get("config"), _config_beside(path)
     if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
-        config = _config_beside(path, arch) or found
-    if config["arch"] != arch:
+        config = beside
+    found = _recognize(state, path, config.get("arch"))
+    arch = found["arch"]
+    if config.get("arch") != arch and config is not beside:
         raise UsageError(f"{path}: its config says {config['arch']}, its weights are a {arch}'s")
+    config = config if config.get("arch") == arch else found
+    if config.get("method") in ("dino", "simsiam"):
+        config["ratio"] = 1.0  # they do not split, whatever older files say
     backbone = build_backbone(*found.values())
     counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
@@ -44,14 +47,13 @@ def load_backbone(path, part="teacher"):
     return backbone.eval(), config
 
 
-def _config_beside(path, arch):
-    """Return the config.json beside a run's backbone.pt; None where it does not fit."""
+def _config_beside(path):
+    """Return the config.json beside a run's backbone.pt; {} if there is none."""
     try:
         config = json.loads(Path(path).with_name("config.json").read_text())
     except (OSError, ValueError):
-        config = None
-    is_run = Path(path).name == "backbone.pt" and isinstance(config, dict)
-    return config if is_run and config.get("arch") == arch else None
+        config = {}
+    return config if Path(path).name == "backbone.pt" and isinstance(config, dict) else {}
 
 
 def _backbone_weights(checkpoint, part, path):
@@ -76,8 +78,11 @@ def _backbone_weights(checkpoint, part, path):
     return {name: x for name, x in state.items() if not name.startswith(HEADS)}
 
 
-def _recognize(state, path):
-    """Return {arch, img_size, patch_size} of the backbone with exactly these names and shapes."""
+def _recognize(state, path, first):
+    """Return {arch, img_size, patch_size} of the backbone with exactly these names and shapes.
+
+    first: the arch to try first, for two may have the same.
+    """
     shapes = {name: tuple(getattr(x, "shape", "-")) for name, x in state.items()}
     patch = shapes.get("patch_embed.proj.weight", ())  # (D, 3, P, P)
     positions = shapes.get("pos_embed", ())  # (1, 1 + N, D)
@@ -85,7 +90,7 @@ def _recognize(state, path):
     if len(patch) == 4 and patch[-1] > 0 and len(positions) == 3 and positions[1] > 1:
         sizes = dict(img_size=math.isqrt(positions[1] - 1) * patch[-1], patch_size=patch[-1])
     differing = {}
-    for arch in BACKBONES:
+    for arch in sorted(BACKBONES, key=lambda arch: arch != first):
         with torch.device("meta"):
             expected = build_backbone(arch, **sizes).state_dict()
         wanted = {name: tuple(x.shape) for name, x in expected.items()}

@@ -115,12 +115,6 @@ def test_no_integer_beyond_64_bits(field, tmp_path):
     assert refusal(Config, tmp_path / "c.py").startswith(f"{field.name}=")
 
 
-@pytest.mark.parametrize("method", ["simsiam", "ddcl"])
-def test_two_views_only(method):
-    assert "--local_crops=0" in refusal(Config, f"--method={method}")
-    assert configure(Config, [f"--method={method}", "--local_crops=0"]).local_crops == 0
-
-
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -100,7 +100,8 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
     folder, tmp_path, whole, processes, precision, kills
 ):
     """SIGKILL at 20 random moments in all, to the process or one of two ranks: bit for bit."""
-    expected, rng, done = whole(processes, precision), random.Random(processes), 0
+    expected, rng = whole(processes, precision), random.Random(processes)
+    done = 0
     for _ in range(40):
         process = launched(
             "train.py",
@@ -621,7 +622,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "two configs": (
         TRAIN,
         lambda t: ["configs/demo.py", "configs/demo.py"],
-        "one config file a run",
+        "one config file per run",
     ),
     "a config that breaks": (
         TRAIN,

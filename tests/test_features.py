@@ -289,7 +289,7 @@ def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
         again.read(("rows", "network"))
     other = checkpoint.EvalState(str(tmp_path), protocol | dict(lr=0.2))
     assert other.read(("rows",)) == ([], None)
-    again.finish(protocol, 1.5, [dict(row="a", part="", dims=1, metric="top1", value=1.0)])
+    results.finish(again, protocol, 1.5, [dict(row="a", part="", dims=1, metric="top1", value=1.0)])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     [run] = results.read_results(str(tmp_path / "results.json"))
     assert (run["task"], run["seconds"], run["protocol"]["lrs"]) == ("linear", 1.5, [0.1, 0.2])

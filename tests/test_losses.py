@@ -82,7 +82,8 @@ def test_pair_losses_and_their_gradients_are_the_double_loop_over_pairs(case, vi
     expected = reference(slow, teacher.double(), center.double(), 0.1, 0.04, term)
     got = ours(fast, teacher, center, 0.1, 0.04)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
-    got.backward(retain_graph=True), expected.backward()
+    got.backward(retain_graph=True)
+    expected.backward()
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
     got.backward()  # as often as one likes
     torch.testing.assert_close(fast.grad.double(), 2 * slow.grad, rtol=1e-4, atol=1e-6)
@@ -94,11 +95,8 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
     generator = torch.Generator().manual_seed(0)
     p, z = torch.randn(2, B, K, generator=generator), torch.randn(2, B, K, generator=generator)
     z = z + sign * p.flip(0)  # so that the mean has this sign
-    fast, slow, given = (
-        p.clone().requires_grad_(),
-        p.double().requires_grad_(),
-        z.clone().requires_grad_(),
-    )
+    fast, slow = p.clone().requires_grad_(), p.double().requires_grad_()
+    given = z.clone().requires_grad_()
 
     def unit(x):
         return x / x.square().sum(-1, keepdim=True).sqrt()
@@ -114,7 +112,8 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
     )
     got = losses.simsiam_loss(fast, given) + 3 * losses.ddcl_orthogonality(fast, given, kind)
     assert losses.ddcl_orthogonality(fast, given, kind) >= 0
-    got.backward(), expected.backward()
+    got.backward()
+    expected.backward()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-6)
     assert given.grad is None  # the gradient stops there
@@ -209,6 +208,34 @@ def test_a_new_pair_term_is_an_orth_and_trains_fused_as_plain(folder, monkeypatc
         weights[orth, is_fused] = run.network.head_ef.last_layer.weight_v.detach()
     torch.testing.assert_close(weights["squares", True], weights["squares", False])
     assert not torch.allclose(weights["squares", True], weights["dot", True], rtol=1e-3)
+
+
+@pytest.mark.parametrize("compute", [fused.prototype_loss, fused.plain_loss])
+def test_a_pair_term_that_breaks_its_contract_is_refused(compute, monkeypatch):
+    """Else the fused and the plain loss would differ without a word."""
+
+    def scalar(q, s):
+        return losses.dot(q, s).mean()
+
+    def by_class(q, s):
+        return q * s.softmax(-1)
+
+    def of_the_batch(q, s):
+        return losses.dot(q, s) - losses.dot(q, s).mean()
+
+    def not_linear(q, s):
+        return losses.dot(q, s).square()
+
+    monkeypatch.setattr(losses, "LINEAR_IN_Q", {not_linear})
+    layer, teacher_layer, student, teacher, center = layers_and_units(V)
+    for term, message in (
+        (scalar, "must return"),
+        (by_class, "must return"),
+        (of_the_batch, "mixes the images"),
+        (not_linear, "not linear"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            compute(term, student, layer, teacher, teacher_layer, center, (0.1, 0.04))
 
 
 def test_the_gradients_of_the_fused_loss_serve_one_backward():

@@ -177,7 +177,7 @@ with machine.catch_signals() as pending:
         if number:
             assert number == signal.{name}
             print(f"rank {{here.rank}} left at {{step}}\\n", end="", flush=True)
-            machine.leave(number, f"stopped at {{step}}")
+            machine.leave(number, step)
 """
     done = run_ranks(body, 2, tmp_path)
     assert sorted(filter(None, done.stdout.splitlines())) == [
@@ -185,7 +185,7 @@ with machine.catch_signals() as pending:
         "rank 1 left at 5",
     ], done.stderr
     assert f"exitcode  : {code}" in done.stderr
-    assert done.stderr.count("stopped at 5") == 1
+    assert done.stderr.count("after step 5; the same command continues") == 1
 
 
 def test_a_second_signal_ends_the_process_at_once():

@@ -4,6 +4,7 @@ Faults: test_faults.py.
 """
 
 import json
+import math
 import os
 from contextlib import nullcontext
 
@@ -91,7 +92,8 @@ def test_a_step_is_the_reference_step(folder, method):
     )
     images = data.open_images(str(folder), "train")
     run, slow = train.make_run(config, 5, HERE), train.make_run(config, 5, HERE)
-    student, teacher, centers = slow.network, slow.teacher, slow.centers
+    student, teacher = slow.network, slow.teacher
+    centers = slow.centers
     moments = {
         name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in student.named_parameters()
     }
@@ -118,18 +120,17 @@ def test_a_step_is_the_reference_step(folder, method):
         student.zero_grad()
         loss.backward()
         torch.testing.assert_close(got["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
-        lr, decay, ema = (
-            train.learning_rate(step, config, 5),
-            train.cosine(step, 0.04, 0.4, 10),
-            train.cosine(step, 0.9, 1, 10),
-        )
+        lr = train.learning_rate(step, config, 5)
+        decay = train.cosine(step, 0.04, 0.4, 10)
+        ema = train.cosine(step, 0.9, 1, 10)
         with torch.no_grad():
             for name, p in student.named_parameters():
                 if not p.requires_grad:
                     continue
                 g = p.grad * min(1, 0.05 / (p.grad.norm().item() + 1e-6))
                 m, v = moments[name]
-                m.mul_(0.9).add_(0.1 * g), v.mul_(0.999).add_(0.001 * g * g)
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
                 p.mul_(1 - lr * (decay if p.ndim > 1 else 0))
                 p.sub_(
                     lr
@@ -273,7 +274,8 @@ def test_a_block_that_fails_to_compile_runs_eagerly(folder, monkeypatch, fails, 
         "compile",
         lambda module, **options: compile_module(module, backend=backend, **options),
     )
-    images, config, terms = data.open_images(str(folder), "train"), tiny_config(compile=True), []
+    images, config = data.open_images(str(folder), "train"), tiny_config(compile=True)
+    terms = []
     try:
         for wanted in (True, False):
             torch._dynamo.reset()
@@ -282,7 +284,8 @@ def test_a_block_that_fails_to_compile_runs_eagerly(folder, monkeypatch, fails, 
             with nullcontext() if wanted else pytest.raises(Exception, match="no such instruction"):
                 terms.append(train.train_step(run, 0, batch_of(images, config))["loss"])
     finally:
-        run_module.fall_back_to_eager(False), torch._dynamo.reset()
+        run_module.fall_back_to_eager(False)
+        torch._dynamo.reset()
     eager = train.train_step(train.make_run(tiny_config(), 5, HERE), 0, batch_of(images, config))[
         "loss"
     ]
@@ -399,6 +402,45 @@ def test_simsiam_needs_its_stop_gradient(folder, monkeypatch, precision):
     assert mean[False][1] > 0.85 and mean[True][1] < 0.8, mean
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(method="simsiam", local_crops=2), "--local_crops=0"),
+        (dict(method="ddcl", local_crops=2), "--local_crops=0"),
+        (dict(method="ddcl", local_crops=0, orth="cross-entropy"), "cosine and dot only"),
+    ],
+)
+def test_what_a_method_without_a_teacher_cannot_do_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        train.make_run(tiny_config(**options), 5, HERE)
+
+
+def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder):
+    config = tiny_config()
+    run = train.make_run(config, 5, HERE)
+    run.network.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match=r"no loss term reaches extra\.weight"):
+        train.train_step(run, 0, batch_of(data.open_images(str(folder), "train"), config))
+
+
+def test_a_new_loss_term_is_one_line_and_weighs_1(folder, monkeypatch):
+    def with_one_more(run, views, scale):
+        terms, means, logged = train.distil(run, views, scale)
+        student = run.student(views, scale)
+        terms["L_New"] = student.z_ef.float().square().mean()
+        return terms, means, logged
+
+    config = tiny_config(method="clever", drop_path=0.0)
+    batch = batch_of(data.open_images(str(folder), "train"), config)
+    plain = train.train_step(train.make_run(config, 5, HERE), 0, batch)
+    monkeypatch.setitem(train.METHODS, "clever", (with_one_more, True, "prototypes"))
+    more = train.train_step(train.make_run(config, 5, HERE), 0, batch)
+    torch.testing.assert_close(more["loss"], plain["loss"] + more["L_New"])
+    monkeypatch.setitem(train.WEIGHTS, "L_New", "no_such_option")
+    with pytest.raises(AttributeError, match="no_such_option"):
+        train.train_step(train.make_run(config, 5, HERE), 0, batch)
+
+
 def test_collapse_metrics_take_lengths_and_directions_apart(folder):
     images = data.open_images(str(folder), "train")
     for method, more in (("clever", {}), ("ddcl", dict(local_crops=0)), ("dino", {})):
@@ -424,6 +466,26 @@ def test_collapse_metrics_take_lengths_and_directions_apart(folder):
     assert collapse.share_of_lengths(start, start) != collapse.share_of_lengths(
         start, start
     )  # nan: nothing has fallen
+
+
+def test_collapse_metrics_take_the_temperature_of_the_step_also_after_a_restart(folder, tmp_path):
+    config = tiny_config(
+        teacher_temp_start=0.03, teacher_temp=0.07, teacher_temp_epochs=2, out_dir=str(tmp_path)
+    )
+    images = data.open_images(str(folder), "train")
+    run, again = train.make_run(config, 5, HERE), train.make_run(config, 5, HERE)
+    assert run.teacher_temp == 0.03
+    for step, batch in enumerate(data.train_loader(images, config, 0, 6, HERE)):
+        train.train_step(run, step, batch)
+    assert run.teacher_temp == pytest.approx(0.05)
+    RunDir(run, 80).save(6)
+    RunDir(again, 80).restore()
+    assert again.teacher_temp == run.teacher_temp
+    _, batch = data.first_batch(images, config, 16)
+    metrics = collapse.metrics(run, batch)
+    assert collapse.metrics(again, batch) == metrics
+    again.teacher_temp = 0.07
+    assert collapse.metrics(again, batch)["dot_ef"] != metrics["dot_ef"]
 
 
 def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, tmp_path):
@@ -615,6 +677,9 @@ def test_collapse_is_said_in_plain_words():
             dict(H_ef=4.158, std_ir=0.01, rank_ir=1.01, norm_ir=30.0, norm_ef=0.1), config
         )
     )
+    gain = math.sqrt(config.out_dim_ef)  # a head's fixed gains are no sign of health
+    shrunk = dict(H_ir=1.0, H_ef=1.0, norm_ir=30.0, norm_ef=math.hypot(gain, 1.0))
+    assert len(list(collapse.warnings(shrunk, config))) == 1
     assert (
         len(said) == 3
         and "ef output is all but uniform" in said[0]
@@ -638,18 +703,16 @@ def test_a_gpu_step_is_the_cpu_step(folder):
 @pytest.mark.gpu
 def test_views_made_beside_the_step_before_are_the_same_views(folder):
     """If their memory were taken too early, steps that never wait would see other views."""
-    images, config, device = (
-        data.open_images(str(folder), "train"),
-        tiny_config(
-            compile=False,
-            precision="fp32",
-            lr=0.0,
-            min_lr=0.0,
-            weight_decay=0.0,
-            weight_decay_end=0.0,
-        ),
-        torch.device("cuda", 0),
+    images = data.open_images(str(folder), "train")
+    config = tiny_config(
+        compile=False,
+        precision="fp32",
+        lr=0.0,
+        min_lr=0.0,
+        weight_decay=0.0,
+        weight_decay_end=0.0,
     )
+    device = torch.device("cuda", 0)
     batches, losses = (
         [
             data.Batch(*(x.pin_memory() for x in batch_of(images, config, step)[:4]), [])

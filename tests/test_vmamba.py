@@ -116,6 +116,15 @@ def test_the_backend_is_chosen_once_and_refused_where_it_cannot_run(monkeypatch)
     assert vmamba.choose_backend(cpu) == "loop"
     vmamba.set_backend("auto")
     assert vmamba.choose_backend(cpu) == "torch"
+    # a network is checked on the CPU before it moves to the GPU where triton runs
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(vmamba, "available", lambda device: device.type == "cuda")
+    vmamba.set_backend("triton", gpu)
+    assert vmamba.choose_backend(gpu) == "triton" and vmamba.choose_backend(cpu) == "torch"
+    build_backbone("vmamba_micro", 32)
+    with pytest.raises(UsageError, match="scan=triton"):
+        vmamba.set_backend("triton", cpu)
+    vmamba.set_backend("auto")
     monkeypatch.setattr(lib.scan_triton, "triton", None)
     assert not lib.scan_triton.available(cpu)
     with pytest.raises(UsageError, match="use --scan=torch"):

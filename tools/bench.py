@@ -442,7 +442,7 @@ def vmamba_row(device, n=2):
     x = torch.randn(n, 3, 224, 224, device=device)
 
     def run(backend):
-        vmamba.set_backend(backend)
+        vmamba.set_backend(backend, device)
         backbone.zero_grad()
         backbone(x).square().mean().backward()
         vmamba.set_backend("auto")
