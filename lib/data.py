@@ -142,7 +142,7 @@ def _torchvision_images(name, split, root, download):
     for piece in pieces:  # no public attribute gives paths and labels without decoding
         paths += map(str, piece._images if hasattr(piece, "_images") else piece._image_files)
         labels += piece._labels
-    if not 0 <= min(labels) <= max(labels) < len(first.classes):
+    if any(not 0 <= label < len(first.classes) for label in labels):
         raise UsageError(f"data={name}: labels outside of its classes; fetch {name} again")
     return file_images(paths, labels, first.classes, f"fetch {name} again")
 

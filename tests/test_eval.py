@@ -368,6 +368,9 @@ def test_pets_and_food_are_read_in_their_true_formats(tmp_path):
     assert train.classes == ["Abyssinian", "Beagle"]
     assert test.name(3).endswith("beagle_3.jpg")
     assert test.read(3).shape == (3, 32, 32)
+    (annotations / "trainval.txt").write_text("Abyssinian_0 1 1 1\nbeagle_0 40 40 1\n")
+    with pytest.raises(UsageError, match="labels outside of its classes"):
+        data.open_splits("pets", root=str(tmp_path))
     foods = ("pie", "ramen")
     names = [f"{food}/{i}.jpg" for food in foods for i in range(3)]
     write_images(tmp_path / "food-101" / "images", names)
