@@ -59,8 +59,9 @@ def main(argv):
             for field in shown:
                 points = [(record["epoch"], record[field]) for record in log if field in record]
                 _, part = panel_and_part(field)
+                label = run if field == title else f"{run} {part}"
                 if points:
-                    axes.plot(*zip(*points), STYLES[part], color=f"C{color}", label=f"{run} {part}")
+                    axes.plot(*zip(*points), STYLES[part], color=f"C{color}", label=label)
         axes.set_ylabel(title)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("epoch")
