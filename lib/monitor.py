@@ -20,6 +20,7 @@ from tqdm import tqdm
 from augment import denormalize, perturbation
 from lib import collapse, data, features, machine, results
 from lib.config import UsageError
+from lib.run import first_screen
 
 MAX_CONSECUTIVE_SKIPS = 3  # steps in a row without a finite gradient before a run stops
 
@@ -224,42 +225,6 @@ class Monitor:
             seconds = time.perf_counter() - start
             path = self.folder.path("results.json")
             results.append_results(path, "probe", asdict(config), seconds, rows)
-
-
-def first_screen(run, step, train_set):
-    """Say what is about to be trained, on what, and how."""
-    config, here = run.config, run.here
-    lines = [""]
-    for option in (f"{name}={value}" for name, value in asdict(config).items()):
-        if len(lines[-1]) + len(option) > 98:
-            lines.append("")
-        lines[-1] += option + "  "
-    backbone, network = (
-        sum(p.numel() for p in net.parameters()) / 1e6
-        for net in (run.network.backbone, run.network)
-    )
-    device = f"CPU with {torch.get_num_threads()} threads"
-    if here.device.type == "cuda":
-        device = torch.cuda.get_device_name(here.device)
-    share = config.batch_size // here.world
-    size = data.part_size(share, config.max_batch_per_gpu)
-    classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
-    lines += [
-        "",
-        f"{config.method} {config.arch}: backbone {backbone:.2f} M parameters, with heads "
-        f"{network:.2f} M",
-        f"{len(train_set)} images of {config.data}{classes}",
-        f"{here.world} x {device}, {here.precision}; batch {config.batch_size} = {here.world} x "
-        f"{share // size} x {size} (ranks x accumulated x at once); peak lr "
-        f"{config.lr * config.batch_size / 256:.3g}",
-    ]
-    if hasattr(run.network.backbone, "scan_backend"):
-        lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
-    if step:
-        lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
-    elif config.init_from:
-        lines.append(f"a new schedule from the weights of {config.init_from}")
-    return "\n".join([*lines, ""])
 
 
 def refuse_to_skip_more(run, first, last, n_images):

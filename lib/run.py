@@ -1,10 +1,10 @@
-"""What a training step works on: student, teacher, optimizer, centers; distributed, compiled."""
+"""What a training step works on: student, teacher, optimizer, centers; the first screen on it."""
 
 import contextlib
 import copy
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
-from lib import machine, rng
+from lib import data, machine, rng
 from lib.config import Config, UsageError
 from lib.weights import load_backbone
 
@@ -137,6 +137,42 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped[0] += ~is_finite
         self.skipped[1] = (self.skipped[1] + 1) * ~is_finite
+
+
+def first_screen(run, step, train_set):
+    """Say what is about to be trained, on what, and how."""
+    config, here = run.config, run.here
+    lines = [""]
+    for option in (f"{name}={value}" for name, value in asdict(config).items()):
+        if len(lines[-1]) + len(option) > 98:
+            lines.append("")
+        lines[-1] += option + "  "
+    backbone, network = (
+        sum(p.numel() for p in net.parameters()) / 1e6
+        for net in (run.network.backbone, run.network)
+    )
+    device = f"CPU with {torch.get_num_threads()} threads"
+    if here.device.type == "cuda":
+        device = torch.cuda.get_device_name(here.device)
+    share = config.batch_size // here.world
+    size = data.part_size(share, config.max_batch_per_gpu)
+    classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
+    lines += [
+        "",
+        f"{config.method} {config.arch}: backbone {backbone:.2f} M parameters, with heads "
+        f"{network:.2f} M",
+        f"{len(train_set)} images of {config.data}{classes}",
+        f"{here.world} x {device}, {here.precision}; batch {config.batch_size} = {here.world} x "
+        f"{share // size} x {size} (ranks x accumulated x at once); peak lr "
+        f"{config.lr * config.batch_size / 256:.3g}",
+    ]
+    if hasattr(run.network.backbone, "scan_backend"):
+        lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
+    if step:
+        lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
+    elif config.init_from:
+        lines.append(f"a new schedule from the weights of {config.init_from}")
+    return "\n".join([*lines, ""])
 
 
 def check_two_views(config, network):

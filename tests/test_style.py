@@ -40,8 +40,16 @@ ROOMS = {
     "lib/machine.py": (150, {"lib.processor"}),
     "lib/rundir.py": (200, {"lib.machine", "lib.checkpoint"}),
     "lib/monitor.py": (
-        250,
-        {"augment", "lib.data", "lib.features", "lib.machine", "lib.results", "lib.collapse"},
+        220,
+        {
+            "augment",
+            "lib.data",
+            "lib.features",
+            "lib.machine",
+            "lib.results",
+            "lib.collapse",
+            "lib.run",
+        },
     ),
     "lib/features.py": (
         330,
@@ -53,7 +61,7 @@ ROOMS = {
     # of machine.py: device, precision
     "lib/processor.py": (80, set()),
     # of train.py: what a step works on
-    "lib/run.py": (220, {"augment", "lib.machine", "lib.weights"}),
+    "lib/run.py": (255, {"augment", "lib.data", "lib.machine", "lib.weights"}),
     # of monitor.py: collapse metrics
     "lib/collapse.py": (100, {"losses", "lib.features"}),
     # of features.py: linear classifiers
