@@ -185,9 +185,9 @@ def main(argv):
     with machine.catch_signals() as pending:
         batches = data.train_loader(train_set, config, folder.step, run.total, here)
         for step, batch in enumerate(monitor.watch(batches), folder.step):
-            terms = train_step(run, step, batch)
+            logged = train_step(run, step, batch)
             signal = pending()
-            monitor.step(step + 1, terms, signal)
+            monitor.step(step + 1, logged, signal)
             folder.save_if_due(step + 1, signal)
             if signal:
                 machine.leave(signal, step + 1)

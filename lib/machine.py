@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from lib.config import UsageError
 from lib.processor import choose_device, choose_precision
-from lib.processor import keep_freed_memory as keep_freed_memory  # for callers of this module
 
 
 class Here(NamedTuple):

@@ -105,13 +105,13 @@ class Monitor:
             self.broken.report(batch.broken, tqdm.write)
             yield batch
 
-    def step(self, done, terms, signal):
-        """Note the terms of the step that makes `done` steps; log every log_every, or at a signal.
+    def step(self, done, logged, signal):
+        """Note what the step that makes `done` steps says; log every log_every, or at a signal.
 
         Also before each checkpoint, so that a continued run logs the same averages.
         """
         config = self.run.config
-        for name, value in terms.items():
+        for name, value in logged.items():
             self.history[name].append(value)
         if (done - 1) % config.log_every == 0 or self.folder.is_due(done) or signal:
             self._log(done)

@@ -96,22 +96,28 @@ def tiny_config(**options):
     return Config(**{**TINY, **options})
 
 
+def launcher(processes=1, *options):
+    """Return the command that starts a script: Python, or torchrun for more than one process."""
+    if processes == 1:
+        return [sys.executable]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        *options,
+    ]
+
+
 def run_script(*command, processes=1, check=True, timeout=300, **environment):
     """Run a script of the project, under torchrun for more than one process.
 
     Returns a CompletedProcess with its text output.
     """
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port=0",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-        ]
-    command = [*launcher, *map(str, command)]
+    command = [*launcher(processes), *map(str, command)]
     with subprocess.Popen(
         command,
         cwd=ROOT,

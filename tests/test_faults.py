@@ -12,13 +12,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, ROOT, arguments, run_script, tiny_config
+from conftest import HERE, ROOT, arguments, launcher, run_script, tiny_config
 from PIL import Image
 from test_train import assert_same, logged, state
 
@@ -37,19 +36,9 @@ RUN = dict(epochs=4, save_every=2, log_every=1, drop_path=0.2, eval_every=2, wor
 
 
 def launched(*command, processes=1, restarts=0, within=(), **popen):
-    launcher = [*within, sys.executable]
-    if processes > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_port=0",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-            f"--max-restarts={restarts}",
-        ]
+    start = launcher(processes, f"--max-restarts={restarts}")
     return subprocess.Popen(
-        [*launcher, *map(str, command)],
+        [*within, *start, *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

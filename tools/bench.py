@@ -49,7 +49,7 @@ import eval_seg
 import losses
 import train
 import vmamba
-from lib import data, features, fused, linear, machine
+from lib import data, features, fused, linear, machine, processor
 from lib.checkpoint import EvalState
 from lib.config import Config, UsageError, configure, option
 from lib.rng import sample_seeds
@@ -575,7 +575,7 @@ def table_line(row):
 def prepare(device):
     """Do to this process what training does to its own."""
     if device.type == "cpu":
-        machine.keep_freed_memory()
+        processor.keep_freed_memory()
     elif here_on(device).precision == "bf16":
         torch.set_float32_matmul_precision("high")
 
