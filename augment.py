@@ -1,6 +1,7 @@
 """The views: random crops, then the operations of a recipe (paper, appendix).
 
-1. Workers, one image at a time, uint8: `crop_views` cuts and resizes the random crops.
+1. Workers, one image at a time, uint8: `crop_views` cuts and resizes the random crops. Of small
+   images lib/resident.py makes the same crops on the device, a batch at a time.
 2. The device, a batch at a time: `augment` = `parameters` (what happens to each sample) and
    `transform`: flip, rotation and elastic in one sampling; color jitter; gray; blur; solarize.
 
@@ -98,32 +99,36 @@ def crop_views(image, seed, global_size, local_size, local_crops, global_scale, 
 
 def random_crops(image, seed, n, size, scale):
     """Cut n random resized crops: image uint8 (3, H, W) -> uint8 (n, 3, size, size)."""
-    u = uniforms(sample_seeds(seed, torch.arange(n)), 22)
     crops = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for i, (top, left, h, w) in enumerate(crop_boxes(*image.shape[1:], u, scale)):
+    boxes = crop_boxes(*image.shape[1:], seed, n, scale).tolist()
+    for i, (top, left, h, w) in enumerate(boxes):
         crops[i] = resize(image[:, top : top + h, left : left + w], size, size)
     return crops
 
 
-def crop_boxes(H, W, u, scale, aspect=(3 / 4, 4 / 3)):
-    """Choose torchvision's random boxes: u (n, 22) uniform -> n (top, left, height, width)."""
-    return [_crop_box(H, W, numbers, scale, aspect) for numbers in u.tolist()]
+def crop_boxes(H, W, seeds, n, scale, aspect=(3 / 4, 4 / 3)):
+    """Choose torchvision's random boxes: seeds (...) -> (..., n, 4) of top, left, height, width.
 
-
-def _crop_box(H, W, numbers, scale, aspect):
-    """Take the first of 10 tries that fits, else the largest centered box within the aspects."""
-    *tries, u_top, u_left = numbers
+    The first of 10 tries that fits, else the largest centered box within the aspects.
+    """
+    u = uniforms(sample_seeds(seeds[..., None], torch.arange(n)), 22).double()
+    u_area, u_aspect = u[..., :20].unflatten(-1, (10, 2)).unbind(-1)  # (..., n, 10)
     low, high = (math.log(limit) for limit in aspect)
-    for u_area, u_aspect in zip(tries[::2], tries[1::2]):  # area and log of aspect are uniform
-        area = H * W * (scale[0] + u_area * (scale[1] - scale[0]))
-        ratio = math.exp(low + u_aspect * (high - low))
-        h = round(math.sqrt(area / ratio))
-        w = round(math.sqrt(area * ratio))
-        if 0 < w <= W and 0 < h <= H:
-            return int(u_top * (H - h + 1)), int(u_left * (W - w + 1)), h, w
-    h = min(H, max(1, round(W / aspect[0])))
-    w = min(W, max(1, round(H * aspect[1])))
-    return (H - h) // 2, (W - w) // 2, h, w
+    area = H * W * (scale[0] + u_area * (scale[1] - scale[0]))
+    ratio = torch.exp(low + u_aspect * (high - low))
+    h = torch.sqrt(area / ratio).round()
+    w = torch.sqrt(area * ratio).round()
+    fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
+    first = fits.byte().argmax(-1, keepdim=True)
+    h, w = (x.gather(-1, first)[..., 0] for x in (h, w))
+    top = (u[..., 20] * (H - h + 1)).floor()
+    left = (u[..., 21] * (W - w + 1)).floor()
+
+    h_most = min(H, max(1, round(W / aspect[0])))
+    w_most = min(W, max(1, round(H * aspect[1])))
+    largest = torch.tensor([(H - h_most) // 2, (W - w_most) // 2, h_most, w_most])
+    boxes = torch.stack([top, left, h, w], -1).long()
+    return torch.where(fits.any(-1, keepdim=True), boxes, largest)
 
 
 def resize(image, h, w):
@@ -135,12 +140,16 @@ def resize(image, h, w):
 
 def center_crop(image, size):
     """Resize the shorter side to 8/7 of size, cut the center; small images lose no border."""
-    H, W = image.shape[1:]
+    h, w, top, left = center_place(*image.shape[1:], size)
+    return resize(image, h, w)[:, top : top + size, left : left + size]
+
+
+def center_place(H, W, size):
+    """Return center_crop's height and width after the resize, and the crop's top and left."""
     side = min(max(size, min(H, W)), size * 8 // 7)  # 256 for size 224
     h = max(side, round(H * side / min(H, W)))
     w = max(side, round(W * side / min(H, W)))
-    top, left = (h - size) // 2, (w - size) // 2
-    return resize(image, h, w)[:, top : top + size, left : left + size]
+    return h, w, (h - size) // 2, (w - size) // 2
 
 
 # --- stage 2, on the device: a recipe -----------------------------------------------------------

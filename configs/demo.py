@@ -13,7 +13,6 @@ drop_path = 0.0  # six blocks, a short training: no block to spare
 epochs, warmup_epochs = 7, 1
 batch_size, lr = 128, 2e-3
 teacher_momentum = 0.99  # few steps: the teacher must move
-workers = 1
 eval_every = 4
 probe_at_end = True
 out_dir = "out/demo"

@@ -76,8 +76,10 @@ class Config:
     data_root: str = option("data", "folder of torchvision's data sets")
     download: bool = option(False, "fetch a torchvision data set that is not there")
     classes: str = option("", "file with one class (folder) name per line: use only these")
-    workers: int = option(8, "loading processes per rank", 0, 512)
-    cache: str = option("off", "ram: each rank keeps its decoded images", choices=("off", "ram"))
+    workers: int = option(-1, "loading processes per rank; -1: this machine's cores per rank, less "
+                          "one, at most 16", 0, 512)
+    cache: str = option("auto", "auto: small images of one size live on the device, as shapes and "
+                        "CIFAR; ram: all decoded images in memory", choices=("auto", "ram", "off"))
     epochs: int = option(200, "passes over the training images", 1, 10**6, group="optimization")
     optimizer: str = option("adamw", "sgd: the paper's, with lr=1e-3", choices=("adamw", "sgd"))
     batch_size: int = option(512, "GLOBAL: of all ranks and accumulation steps", 1, 2**24)

@@ -1,51 +1,45 @@
-"""File -> image -> batch: folders, torchvision's data sets, the built-in shapes; their loaders.
+"""Images -> batches: the splits of a run, which image is in which batch, the loaders.
 
-images = open_images("shapes" | "cifar10" | ... | folder, "train" | "val", ...)
-images.read(i) -> uint8 (3, H, W). A batch is a function of the step, so a run can be continued.
+A batch is a function of the step, so a run can be continued. Small images of one size live on the
+device (lib/resident.py); others are read and cropped by loading processes.
 """
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
+
+from lib import processor, resident
+from lib.config import UsageError
+from lib.images import UNREADABLE as UNREADABLE  # other files take these from here
+from lib.images import BrokenFiles as BrokenFiles
+from lib.images import Images as Images
+from lib.images import cache_in_ram, limit_decode, read_or_reason
+from lib.images import decode as decode
+from lib.images import reason as reason
+from lib.images import subset as subset
+from lib.resident import place
+from lib.rng import fork, sample_seeds, to_device
+from lib.sources import TORCHVISION as TORCHVISION
+from lib.sources import check_inside as check_inside
+from lib.sources import hold_out as hold_out
+from lib.sources import indices_in_list as indices_in_list
+from lib.sources import open_images as open_images
+from lib.sources import read_classes as read_classes
+from lib.sources import stratified_share as stratified_share
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torchvision import datasets
 
-from augment import center_crop, crop_views, random_crops
-from lib.config import UsageError, did_you_mean
-from lib.images import (
-    EXTENSIONS,
-    Images,
-    cache_in_ram,
-    file_images,
-    limit_decode,
-    memory_images,
-    read_or_reason,
-    reason,
-)
-from lib.images import UNREADABLE as UNREADABLE  # other files take these four from here
-from lib.images import BrokenFiles as BrokenFiles
-from lib.images import decode as decode
-from lib.images import subset as subset
-from lib.rng import fork, sample_seeds
-from lib.shapes import shapes
+import augment
 
-TORCHVISION = {  # name -> class, its splits that are 'train', those that are 'val': the test set
-    "cifar10": (datasets.CIFAR10, [True], [False]),
-    "cifar100": (datasets.CIFAR100, [True], [False]),
-    "stl10": (datasets.STL10, ["train"], ["test"]),
-    "flowers102": (datasets.Flowers102, ["train", "val"], ["test"]),
-    "food101": (datasets.Food101, ["train"], ["test"]),
-    "pets": (datasets.OxfordIIITPet, ["trainval"], ["test"]),
-}
+PREFETCH = 2  # batches that each worker has ready
 
 
 def open_for_training(config, here):
@@ -59,9 +53,41 @@ def open_for_training(config, here):
     if size > n:
         raise UsageError(f"batch_size={size} exceeds the {n} images of {config.data}: lower it")
     splits = [images and limit_decode(images, config) for images in splits]
+    threads = max(1, loading_workers(config.workers))
+    if config.cache == "auto":
+        splits = [images and place(images, config.data, here, threads) for images in splits]
+    else:
+        splits = [images and replace(images, pixels=None) for images in splits]
     if config.cache == "ram":
-        return [images and cache_in_ram(images, config.data, config.workers) for images in splits]
+        splits = [images and cache_in_ram(images, config.data, threads) for images in splits]
+    if splits[0].pixels is None:
+        check_shared_memory(config, here)
     return splits
+
+
+def loading_workers(wanted):
+    """Return how many processes load for this rank; -1: its share of the cores, less its own."""
+    if wanted >= 0:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def check_shared_memory(config, here):
+    """UsageError if the batches that wait in /dev/shm may not fit: a worker would die of it."""
+    workers = loading_workers(config.workers)
+    if workers == 0 or not os.path.isdir("/dev/shm"):
+        return
+    pixels = 2 * config.img_size**2 + config.local_crops * config.local_size**2
+    batch = config.batch_size // here.world * 3 * pixels  # bytes
+    # a worker holds PREFETCH ready ones and the one it makes
+    needed = batch * (PREFETCH + 1) * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        sizes = f"{needed / 1e9:.2f} GB of batches, /dev/shm has {free / 1e9:.2f} GB free"
+        fewer = int(workers * free / needed)
+        fix = f"docker run --ipc=host, or --workers={fewer}"
+        raise UsageError(f"workers={workers}: they hold up to {sizes}; {fix}")
 
 
 def open_splits(data, classes="", root="data", download=False, img_size=64):
@@ -85,179 +111,6 @@ def labeled_splits(data, classes="", root="data", download=False, img_size=64):
     if val is None or train.labels.min() < 0:
         raise UsageError(f"data={data}: an evaluation needs labels, train/CLASS and val/CLASS")
     return train, val
-
-
-def open_images(data, split, classes="", root="data", download=False, img_size=64):
-    """Open Images of the 'train' or 'val' split. None if a folder has no such split.
-
-    data: 'shapes', a name of TORCHVISION, or a folder: `train/CLASS/**` with or without
-    `val/CLASS/**`; the unpacked archive of CUB-200-2011; else any tree of images, without labels,
-    all of it 'train'. classes: a file with one class folder a line. root, download: torchvision's.
-    """
-    folder = Path(data)
-    built_in = ("shapes", *TORCHVISION)
-    if classes and data in built_in:
-        raise UsageError(f"classes={classes}: {data} has none to choose from; remove --classes")
-    if data == "shapes":
-        return shapes(split, img_size)
-    if data in TORCHVISION:
-        return _torchvision_images(data, split, root, download)
-    if not folder.is_dir():
-        fix = f"give a folder of images, or one of {', '.join(built_in)}"
-        raise UsageError(f"data={data}: no such folder{did_you_mean(data, built_in)}; {fix}")
-    if (folder / "train").is_dir():
-        return _labeled_folder(folder / split, classes) if (folder / split).is_dir() else None
-    if classes:
-        raise UsageError(f"classes={classes}: {data} has no train/CLASS folders to choose from")
-    if (folder / "images.txt").exists():
-        return _cub_archive(folder, split)
-    if split != "train":
-        return None
-    paths, _ = _find_images(folder, [""])
-    return file_images(sorted(paths), [-1] * len(paths), [])
-
-
-def _torchvision_images(name, split, root, download):
-    make, *splits = TORCHVISION[name]
-    try:
-        if download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            for piece in splits[0] + splits[1]:
-                make(root, piece, download=True)
-        if dist.is_initialized():
-            dist.barrier()  # one rank of each machine downloads, the others wait for it
-        pieces = [make(root, piece) for piece in splits[split != "train"]]
-    except ImportError as error:
-        raise UsageError(f"data={name}: torchvision needs: pip install {error.name}") from None
-    except Exception as error:  # anything, where an archive is damaged
-        why = f"not in {root}/, or damaged ({reason(error)})"
-        fix = "--download=True fetches it, --data_root=... is where it lies"
-        raise UsageError(f"data={name}: {why}; {fix}") from None
-    first = pieces[0]
-    if hasattr(first, "data"):  # STL10 (N, 3, H, W) or CIFAR (N, H, W, 3)
-        pixels = torch.from_numpy(first.data)
-        pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2)
-        labels = first.labels if name == "stl10" else first.targets
-        return memory_images(pixels, labels, first.classes, name)
-    paths, labels = [], []
-    for piece in pieces:  # no public attribute gives paths and labels without decoding
-        paths += map(str, piece._images if hasattr(piece, "_images") else piece._image_files)
-        labels += piece._labels
-    if any(not 0 <= label < len(first.classes) for label in labels):
-        raise UsageError(f"data={name}: labels outside of its classes; fetch {name} again")
-    return file_images(paths, labels, first.classes, f"fetch {name} again")
-
-
-def _find_images(folder, classes):
-    """Return paths and labels of the images in folder/CLASS/**. Class "" is the folder itself."""
-    labels = {name: i for i, name in enumerate(classes)}
-    samples = datasets.folder.make_dataset(str(folder), labels, EXTENSIONS, allow_empty=True)
-    paths, found = zip(*samples) if samples else ([], [])
-    there = set(found)
-    for name in classes:
-        if labels[name] not in there:
-            why = f"class folder {name} holds no images" if name else "no images in it"
-            raise UsageError(f"{folder}: {why} ({' '.join(EXTENSIONS)}); add some or remove it")
-    return paths, found
-
-
-def _labeled_folder(folder, class_file):
-    there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    classes = sorted(read_classes(class_file)) if class_file else there
-    missing = [name for name in classes if name not in there]
-    if missing:
-        why = f"{len(missing)} of the {len(classes)} classes of {class_file} are not there"
-        raise UsageError(f"{folder}: {why}, such as {missing[0]}; fix the list or the folder")
-    if not classes:
-        fix = f"sort its images into {folder}/CLASS/, or give the folder itself as --data"
-        raise UsageError(f"{folder}: holds no class folders; {fix}")
-    return file_images(*_find_images(folder, classes), classes)
-
-
-def _cub_archive(folder, split):
-    """Open CUB-200-2011: images.txt (id, path), image_class_labels.txt, train_test_split.txt."""
-    again = "unpack the archive again"
-    try:
-        names = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-        tables = [np.loadtxt(folder / name, str, None, ndmin=2).T for name in names]
-        (ids, paths), (label_ids, labels), (split_ids, is_train) = tables
-        labels = labels.astype(int)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: {reason(error)}; {again}") from None
-    fit = np.array_equal(ids, label_ids) and np.array_equal(ids, split_ids)
-    if not fit or not set(is_train) <= {"0", "1"}:
-        raise UsageError(f"{folder}: the ids of its three lists do not fit together; {again}")
-    check_inside(paths, folder / "images.txt")
-    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
-    classes = [os.path.dirname(path) for path in paths[first]]
-    chosen = is_train == ("1" if split == "train" else "0")
-    files = [str(folder / "images" / path) for path in paths[chosen]]
-    return file_images(files, labels[chosen], classes, again)
-
-
-def check_inside(names, listed):
-    """Raise UsageError if a name from the list `listed` leads out of the folder it is meant for."""
-    for name in names:
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise UsageError(f"{listed}: {name} leads out of its folder; unpack the archive again")
-
-
-def _read_lines(path, option):
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not a text file"
-        raise UsageError(f"{option}={path}: {why}; give a list, one name a line") from None
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
-def read_classes(path):
-    """Read a class list: one folder name a line; after a blank, and in # lines, are comments."""
-    shipped = Path(__file__).parents[1] / path  # as configs name theirs, wherever one starts them
-    lines = _read_lines(path if os.path.exists(path) else shipped, "classes")
-    names = [line.split()[0] for line in lines]
-    if not names or len(set(names)) < len(names):
-        why = "a class is listed twice" if names else "lists no class"
-        raise UsageError(f"classes={path}: {why}; one folder name a line")
-    return names
-
-
-def hold_out(labels, share, seed):
-    """Split labels (N,): indices to fit on, and about `share` of them, at least one, held out.
-
-    Each class is held out in its proportion.
-    """
-    order = np.random.default_rng([seed, 1]).permutation(len(labels))
-    order = order[np.argsort(labels.numpy()[order], kind="stable")]  # by class, shuffled within
-    n = max(1, round(share * len(labels)))
-    held = order[((np.arange(n) + 0.5) * len(labels) / n).astype(int)]  # evenly spaced
-    return np.setdiff1d(order, held), np.sort(held)
-
-
-def stratified_share(labels, share, seed):
-    """Return indices of a random `share` of each class, at least one image, for labels (N,)."""
-    rng = np.random.default_rng([seed, 2])
-    chosen = []
-    for label in labels.unique().numpy():
-        members = np.flatnonzero(labels.numpy() == label)
-        chosen.append(rng.permutation(members)[: max(1, round(share * len(members)))])
-    return np.sort(np.concatenate(chosen))
-
-
-def indices_in_list(images, path):
-    """Return indices of the images that a list names, as n01440764_10043.JPEG (SimCLR's subsets).
-
-    Lines of classes that the data do not have are ignored. UsageError if another is missing.
-    """
-    names = {line.strip() for line in _read_lines(path, "subset_list")}
-    index = {os.path.basename(images.name(i)): i for i in range(len(images))}
-    wanted = sorted(name for name in names if name.rsplit("_", 1)[0] in images.classes)
-    missing = [name for name in wanted if name not in index]
-    if missing or not wanted:
-        why = f"none of its lines is of a class of the data, such as {images.classes[0]}"
-        if missing:
-            why = f"{len(missing)} of its images are not in the data, such as {missing[0]}"
-        raise UsageError(f"subset_list={path}: {why}; without a list a stratified share is taken")
-    return np.array(sorted(index[name] for name in wanted))
 
 
 # ------------------------------------------------------------------------------ batches
@@ -303,7 +156,7 @@ class Schedule:
 
 
 @dataclass
-class _Samples:
+class _Files:
     """What workers run. The next image that can be read takes the place of a broken file."""
 
     images: Images
@@ -321,23 +174,55 @@ class _Samples:
             broken.append((self.images.name(i), image))
         raise UsageError(f"{broken[0][0]}: broken, as is every other image of the data set")
 
+    def __getitems__(self, items):
+        *columns, broken = zip(*map(self.__getitem__, items))
+        return [*map(torch.stack, columns), list(chain(*broken))]
 
-def _collate(samples):
-    *columns, broken = zip(*samples)
-    batch = [*map(torch.stack, columns), list(chain(*broken))]
-    return Batch._make(batch) if len(batch) == len(Batch._fields) else batch
+
+@dataclass
+class _Resident:
+    """Images in one tensor: a batch is made at once, on the device."""
+
+    images: Images
+    seed: int
+    crops: Callable  # (images, sample seeds) -> tuple of uint8 tensors, on the images' device
+    device: torch.device
+    stream: object  # CUDA stream to make them in
+
+    def __getitems__(self, items):
+        epochs, index = torch.tensor(items).T
+        seeds = sample_seeds(self.seed, epochs, index)
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            pixels = self.images.pixels
+            rows = pixels[to_device(pixels.device, index)].to(self.device)
+            crops = self.crops(rows, seeds)
+        return [*crops, seeds, self.images.labels[index], []]
+
+
+def _samples(images, seed, crops, here, stream=None):
+    """Return what makes a batch of a list of (epoch, index). crops: (of an image, of a batch)."""
+    of_image, of_batch = crops
+    if images.pixels is None:
+        return _Files(images, seed, of_image)
+    return _Resident(images, seed, of_batch, here.device, stream)
 
 
 def _loader(samples, batches, workers, here):
+    is_resident = isinstance(samples, _Resident)
+    workers = 0 if is_resident else loading_workers(workers)
     return torch.utils.data.DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=here.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        collate_fn=_as_batch,
+        pin_memory=here.device.type == "cuda" and not is_resident,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_outlast_signals,
     )
+
+
+def _as_batch(columns):
+    return Batch._make(columns) if len(columns) == len(Batch._fields) else columns
 
 
 def _outlast_signals(_):
@@ -357,24 +242,27 @@ def _outlast_signals(_):
 def _views(config):
     names = ("local_size", "local_crops", "global_scale", "local_scale")
     sizes = {name: getattr(config, name) for name in names}
-    return partial(crop_views, global_size=config.img_size, **sizes)
+    functions = (augment.crop_views, resident.crop_views)
+    return [partial(crop, global_size=config.img_size, **sizes) for crop in functions]
 
 
 def train_loader(images, config, start, stop, here):
     """Yield a Batch for each of the steps start .. stop-1, all epochs, with the same workers."""
     size, seed = config.batch_size, config.seed
     steps = Schedule(len(images), size, seed, start, stop, here.rank, here.world)
-    return _loader(_Samples(images, seed, _views(config)), steps, config.workers, here)
+    stream = processor.view_stream(here.device)
+    return _loader(
+        _samples(images, seed, _views(config), here, stream), steps, config.workers, here
+    )
 
 
-def first_batch(images, config, n):
+def first_batch(images, config, n, here):
     """Return the Batch of the run's first n samples; before it 6 whole images (6, 3, G, G)."""
     [first] = Schedule(len(images), config.batch_size, config.seed, 0, 1)
-    center = partial(_crop, size=config.img_size)
-    samples = _Samples(images, config.seed, center)
-    whole = _collate([samples[item] for item in first[: min(n, 6)]])
-    samples = _Samples(images, config.seed, _views(config))
-    return whole[0], _collate([samples[item] for item in first[:n]])
+    whole = _samples(images, config.seed, _one_crop(config.img_size), here)
+    stream = processor.view_stream(here.device)
+    views = _samples(images, config.seed, _views(config), here, stream)
+    return whole.__getitems__(first[: min(n, 6)])[0].cpu(), Batch(*views.__getitems__(first[:n]))
 
 
 def part_size(n, limit):
@@ -389,10 +277,21 @@ def split_batch(batch, limit):
     return [Batch(*part, []) for part in parts]
 
 
-def _crop(image, seed, size, scale=None):
+def _one_crop(size, scale=None):
+    """Return (of an image, of a batch): its center crop, or with `scale` a random one."""
+    centers = (augment.center_crop, resident.center_crop)
+    randoms = (augment.random_crops, resident.random_crops)
     if scale is None:
-        return (center_crop(image, size),)
-    return (random_crops(image, fork(seed, "global_crops"), 1, size, scale)[0],)
+        return [partial(_center, crop, size=size) for crop in centers]
+    return [partial(_random, crop, size=size, scale=scale) for crop in randoms]
+
+
+def _center(crop, image, _seed, size):
+    return (crop(image, size),)
+
+
+def _random(crop, image, seed, size, scale):
+    return (crop(image, fork(seed, "global_crops"), 1, size, scale).squeeze(-4),)
 
 
 def crop_loader(images, size, scale, steps, workers, here):
@@ -400,8 +299,8 @@ def crop_loader(images, size, scale, steps, workers, here):
 
     A batch: crops uint8 (B, 3, size, size), seeds (B,), labels (B,), broken [(name, reason)].
     """
-    crops = partial(_crop, size=size, scale=scale)
-    return _loader(_Samples(images, steps.seed, crops), steps, workers, here)
+    samples = _samples(images, steps.seed, _one_crop(size, scale), here)
+    return _loader(samples, steps, workers, here)
 
 
 def eval_loader(images, size, batch_size, workers, here, seed=0, epoch=0, scale=None):
@@ -411,5 +310,4 @@ def eval_loader(images, size, batch_size, workers, here, seed=0, epoch=0, scale=
     """
     mine = [(epoch, i) for i in range(here.rank, len(images), here.world)]
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
-    crops = partial(_crop, size=size, scale=scale)
-    return _loader(_Samples(images, seed, crops), batches, workers, here)
+    return _loader(_samples(images, seed, _one_crop(size, scale), here), batches, workers, here)

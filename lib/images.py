@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from lib.config import UsageError
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -15,9 +17,8 @@ from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as TF
 from tqdm.contrib.concurrent import thread_map
 
-from lib.config import UsageError
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+CPU = torch.device("cpu")
 UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -29,6 +30,7 @@ class Images:
     labels: torch.Tensor  # (N,) int64, -1: unknown
     classes: list  # of names
     name: Callable  # i -> what to call the image in a message
+    pixels: torch.Tensor | None = None  # uint8 (N, 3, H, W), if all lie in memory
 
     def __len__(self):
         return len(self.labels)
@@ -42,7 +44,8 @@ def memory_images(pixels, labels, classes, name):
     """Return Images of pixels uint8 (N, 3, H, W) and N labels."""
     labels = torch.as_tensor(labels, dtype=torch.int64)
     name = f"{name} image {{}}".format
-    return Images(pixels.contiguous().__getitem__, labels, list(classes), name)
+    pixels = pixels.contiguous()
+    return Images(pixels.__getitem__, labels, list(classes), name, pixels)
 
 
 def file_images(paths, labels, classes, fix=""):
@@ -120,14 +123,22 @@ def cache_in_ram(images, what, threads):
     sample = map(read, range(0, len(images), max(1, len(images) // 64)))
     sizes = [image.numel() for image in sample if not isinstance(image, str)]
     needed = len(images) * sum(sizes) / max(len(sizes), 1) / 1e9
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    free = free_memory() / 1e9
     if needed > 0.8 * free:
-        why = f"the images of {what} take about {needed:.1f} GB, {free:.1f} GB are free"
+        why = f"the images of {what} take about {needed:.1f} GB, {free:.1f} GB a rank are free"
         raise UsageError(f"cache=ram: {why}: remove --cache=ram")
     progress = dict(desc=f"decoding {what}", leave=False)
     progress["disable"] = dist.is_initialized() and dist.get_rank() > 0
-    cached = thread_map(read, range(len(images)), max_workers=max(1, threads), **progress)
+    cached = thread_map(read, range(len(images)), max_workers=threads, **progress)
     return replace(images, read=partial(_at, _image_or_raise, cached))
+
+
+def free_memory(device=CPU):
+    """Return the bytes that are free on a device; of a host each of its ranks has a share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def read_or_reason(read, i):
@@ -148,7 +159,8 @@ def subset(images, indices):
     """Return the Images at `indices`, in that order."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     read, name = (partial(_at, f, indices.tolist()) for f in (images.read, images.name))
-    return Images(read, images.labels[indices], images.classes, name)
+    pixels = None if images.pixels is None else images.pixels[indices.to(images.pixels.device)]
+    return Images(read, images.labels[indices], images.classes, name, pixels)
 
 
 class BrokenFiles:

@@ -33,10 +33,12 @@ class Monitor:
         self.train_set = train_set
         self.val_set = val_set
         if run.here.is_main:  # decoded now: nothing is written if that is impossible
-            self.whole, self.shown = data.first_batch(train_set, run.config, 6)
+            self.whole, self.shown = data.first_batch(train_set, run.config, 6, run.here)
         self.broken = data.BrokenFiles(len(train_set))
         self.history = defaultdict(list)  # name -> values of the steps since the last line
         self.numbers = {}  # what was last logged
+        self.is_late = run.here.device.type == "cuda"  # lines come one window late
+        self.unwritten = []  # the line to come: what _write needs, or none
         self.waited = 0.0  # seconds, for batches, since the last line
         self.since = time.perf_counter()
         self.has_labels = val_set is not None and train_set.labels.min() >= 0
@@ -45,7 +47,7 @@ class Monitor:
     @functools.cached_property
     def first_batch(self):
         n = min(self.run.config.batch_size, 256)
-        return data.first_batch(self.train_set, self.run.config, n)[1]
+        return data.first_batch(self.train_set, self.run.config, n, self.run.here)[1]
 
     def begin(self, folder):
         """Print the first screen, write views.png, evaluate what is owed; start the bar."""
@@ -108,60 +110,84 @@ class Monitor:
     def step(self, done, logged, signal):
         """Note what the step that makes `done` steps says; log every log_every, or at a signal.
 
-        Also before each checkpoint, so that a continued run logs the same averages.
+        Also before each checkpoint, so that a continued run logs the same averages, and before each
+        evaluation. On a GPU a line is written when the next one is due, or before such a stop: so
+        nothing waits for the device between stops, and too many skipped steps are seen that late.
         """
-        config = self.run.config
         for name, value in logged.items():
             self.history[name].append(value)
-        if (done - 1) % config.log_every == 0 or self.folder.is_due(done) or signal:
-            self._log(done)
+        stops = signal or self.folder.is_due(done) or self.is_evaluated(done)
+        if stops or (done - 1) % self.run.config.log_every == 0:
+            self._average(done, at_once=stops or not self.is_late)
         self.bar.update()
         if signal:
             self.bar.close()
 
-    def _log(self, done):
-        """Average the history over steps and ranks: this waits for the device."""
-        run = self.run
+    def _average(self, done, at_once):
+        """Write the line before; average the history over steps and ranks for the next line.
+
+        at_once: write that one too, which waits for the device.
+        """
+        self._write()
+        run, n = self.run, len(self.history["loss"])
         stacked = [torch.stack(values) for values in self.history.values()]
         means = [x.nan_to_num(math.nan, math.nan, math.nan).nanmean() for x in stacked]
-        means = machine.mean_over_ranks(torch.stack(means)).tolist()
-        self.numbers = dict(zip(self.history, means))
-        skipped, in_a_row = run.skipped.tolist()
-        if in_a_row >= MAX_CONSECUTIVE_SKIPS:
-            refuse_to_skip_more(run, done - in_a_row, done - 1, len(self.train_set))
-        if skipped:
-            self.numbers["skipped"] = skipped
+        means = machine.mean_over_ranks(torch.stack(means))
+        read = start_copy(torch.cat([means.double(), run.skipped.double()]))
+        if at_once:
+            read()  # the clock counts all work of these steps
         seconds = time.perf_counter() - self.since
-        images = len(stacked[0]) * run.config.batch_size
-        self.numbers["lr"] = run.optimizer.param_groups[0]["lr"]
-        self.numbers["img_per_s"] = images / seconds
-        self.numbers["data_wait"] = self.waited / seconds
-        self.folder.log(step=done, epoch=done / run.steps_per_epoch, **self.numbers)
-        shown = [f"{k} {v:.4g}" for k, v in self.numbers.items() if k[0] in "lL"]
-        speed = f"{images / seconds:.0f} img/s  data {self.waited / seconds:.0%}"
-        self.bar.set_postfix_str("  ".join([*shown, speed]), refresh=False)
+        speed = dict(
+            lr=run.optimizer.param_groups[0]["lr"],
+            img_per_s=n * run.config.batch_size / seconds,
+            data_wait=self.waited / seconds,
+        )
+        self.unwritten.append((done, list(self.history), read, speed))
         self.history.clear()
         self.waited = 0.0
         self.since = time.perf_counter()
+        if at_once:
+            self._write()
+
+    def _write(self):
+        """Write the line to come, if there is one; stop a run that skips step after step."""
+        while self.unwritten:
+            done, names, read, speed = self.unwritten.pop()
+            *means, skipped, in_a_row = read()
+            if in_a_row >= MAX_CONSECUTIVE_SKIPS:
+                refuse_to_skip_more(self.run, done - int(in_a_row), done - 1, len(self.train_set))
+            counts = {"skipped": int(skipped)} if skipped else {}
+            self.numbers = dict(zip(names, means)) | counts | speed
+            self.folder.log(step=done, epoch=done / self.run.steps_per_epoch, **self.numbers)
+            shown = [f"{k} {v:.4g}" for k, v in self.numbers.items() if k[0] in "lL"]
+            shown.append(f"{speed['img_per_s']:.0f} img/s  data {speed['data_wait']:.0%}")
+            self.bar.set_postfix_str("  ".join(shown), refresh=False)
+
+    def is_evaluated(self, done):
+        """Tell whether an evaluation follows: every eval_every epochs and at the end of the run."""
+        epoch, rest = divmod(done, self.run.steps_per_epoch)
+        every = self.run.config.eval_every
+        return rest == 0 and (done == self.run.total or bool(every and epoch % every == 0))
 
     def epoch_end(self, done):
-        """Evaluate at the end of an epoch, every eval_every epochs and at the end of the run."""
+        """Evaluate after `done` steps, if that is due."""
         run = self.run
-        epoch, rest = divmod(done, run.steps_per_epoch)
-        every = run.config.eval_every
-        if rest == 0:
+        if self.folder.is_due(done):
             self.since = time.perf_counter()  # a checkpoint was written
-        if rest or not (done == run.total or (every and epoch % every == 0)):
+        if not self.is_evaluated(done):
             return
         numbers = self.evaluate(is_last=done == run.total)
         records = self.folder.records()
         warms_up = run.config.teacher_temp_epochs > 0  # then probabilities shrink by themselves
         if "dot_ef" in numbers and records and "dot_ef" in records[0] and not warms_up:
             numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
-        self.folder.log(step=done, epoch=float(epoch), **numbers)
+        self.folder.log(step=done, epoch=done / run.steps_per_epoch, **numbers)
         if run.here.is_main:
             names = [n for n in numbers if n.startswith(("knn", "rank_", "norm"))]
-            tqdm.write(f"epoch {epoch}: " + "  ".join(f"{n} {numbers[n]:.3g}" for n in names))
+            tqdm.write(
+                f"epoch {done // run.steps_per_epoch}: "
+                + "  ".join(f"{n} {numbers[n]:.3g}" for n in names)
+            )
             for warning in collapse.warnings(self.numbers | numbers, run.config):
                 tqdm.write(f"WARNING: {warning}")
         self.since = time.perf_counter()
@@ -225,6 +251,19 @@ class Monitor:
             seconds = time.perf_counter() - start
             path = self.folder.path("results.json")
             results.append_results(path, "probe", asdict(config), seconds, rows)
+
+
+def start_copy(x):
+    """Start to copy x to the host -> read(), which waits for the copy and returns x as a list."""
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+    copied = torch.cuda.current_stream().record_event() if x.is_cuda else None
+
+    def read():
+        if copied:
+            copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def refuse_to_skip_more(run, first, last, n_images):

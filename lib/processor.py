@@ -1,5 +1,6 @@
-"""What the processor can do: choose the device and the precision, keep freed memory."""
+"""What the processor can do: choose the device and how it computes, keep freed memory."""
 
+import contextlib
 import ctypes
 import faulthandler
 import functools
@@ -43,7 +44,8 @@ def keep_freed_memory():
 def choose_precision(name, device):
     """Turn 'auto', 'bf16' or 'fp32' into ('bf16' or 'fp32', the autocast context to compute in).
 
-    Parameters, losses and EMA are fp32 either way.
+    Parameters, losses and EMA are fp32 either way. On a GPU this also sets, for the process, how
+    products of fp32 numbers are computed: the same way in training and in evaluations.
     """
     if device.type == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -52,7 +54,44 @@ def choose_precision(name, device):
     if name == "auto":
         name = "bf16" if fast_bf16 else "fp32"
     enabled = name == "bf16"
+    if device.type == "cuda":
+        _set_kernels(allow_tf32=enabled)
     return name, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+
+
+def _set_kernels(allow_tf32):
+    """Choose among a GPU's kernels. allow_tf32: fp32 matrix products round factors to 11 bits.
+
+    With bf16, TF32 serves what is outside of autocast: the prototypes' logits, kNN, linear
+    classifiers. Convolutions outside of autocast never use it (torch's default is that they do).
+    The old names set torch's new ones (fp32_precision) too. The new ones do not set the old ones,
+    and torch.compile, which reads both, then stops with an error.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    # cuDNN's attention comes first on an H100. Its backward has crashed for a single query, which
+    # is what the last block has (PyTorch's issue 138529). Off until it is measured.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextlib.contextmanager
+def exact_fp32():
+    """Compute products of fp32 numbers inside of the block without TF32. A CPU has no TF32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@functools.cache
+def view_stream(device):
+    """Return the CUDA stream in which crops and views are made, one a device; None on a CPU.
+
+    So a GPU makes the next batch's views while it is still at the step before.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @functools.cache

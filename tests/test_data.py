@@ -399,7 +399,7 @@ def test_workers_change_nothing(folder, workers):
 
 def test_the_first_batch_is_the_runs(folder):
     images = data.open_images(str(folder), "train")
-    whole, first = data.first_batch(images, tiny_config(), 5)
+    whole, first = data.first_batch(images, tiny_config(), 5, HERE)
     batch = next(iter(data.train_loader(images, tiny_config(), 0, 1, HERE)))
     assert all(torch.equal(a, b[:5]) for a, b in zip(first[:4], batch[:4]))
     [items] = data.Schedule(80, 16, 0, 0, 1)

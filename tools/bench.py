@@ -20,13 +20,15 @@ import gc
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -43,17 +45,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from lib import data, features, fused, linear, machine, processor
+from lib.checkpoint import EvalState
+from lib.config import Config, UsageError, configure, option
+from lib.rng import sample_seeds
+from lib.shapes import shapes
+
 import augment
 import eval_linear
 import eval_seg
 import losses
 import train
 import vmamba
-from lib import data, features, fused, linear, machine, processor
-from lib.checkpoint import EvalState
-from lib.config import Config, UsageError, configure, option
-from lib.rng import sample_seeds
-from lib.shapes import shapes
 from model import WeightNormLinear, build_backbone
 
 
@@ -98,6 +101,9 @@ def must_agree(ours, reference, rtol):
             raise UsageError(f"{message}; a comparison of speed would mean nothing")
 
 
+CPU = torch.device("cpu")
+
+
 def here_on(device, precision="auto"):
     return machine.Here(0, 1, device, *machine.choose_precision(precision, device))
 
@@ -106,10 +112,10 @@ Size = namedtuple("Size", "arch patch_size img_size local_size out_dim")  # opti
 STEPS = [  # size, batch on a CPU, on a GPU: small ones would time how fast Python starts kernels
     (Size("vit_tiny", 8, 64, 32, 4096), 32, 512),
     (Size("vit_tiny", 16, 224, 96, 65536), 8, 128),
-    (Size("vit_small", 16, 224, 96, 65536), 4, 64),
+    (Size("vit_small", 16, 224, 96, 65536), 4, 128),
     (Size("resnet18", 16, 224, 96, 65536), 4, 128),
-    (Size("resnet50", 16, 224, 96, 65536), 2, 64),
-    (Size("vmamba_tiny", 16, 224, 96, 65536), None, 32),
+    (Size("resnet50", 16, 224, 96, 65536), 2, 128),
+    (Size("vmamba_tiny", 16, 224, 96, 65536), None, 64),
     (Size("vmamba_micro", 16, 64, 32, 4096), 4, None),
 ]
 
@@ -226,7 +232,7 @@ def step_row(device, size, n):
     return Row(*sides, n * steps, rtol=1e-3, values=values, flops=True, reference_images=n)
 
 
-def step_without_row(device, what, n=64):
+def step_without_row(device, what, n=128):
     """What 'compiled blocks' or the 'side stream' of the views bring a GPU; reference: without."""
     size = Size("vit_small", 16, 224, 96, 65536)
     batch = random_batch(device, n)
@@ -237,6 +243,62 @@ def step_without_row(device, what, n=64):
     steps = STEPS_A_CALL[device.type]
     sides = [partial(our_steps, run, batch, steps) for run in runs]
     return Row(*sides, n * steps, rtol=1e-2, flops=True)
+
+
+def demo_step(device):
+    """Make a run of the demo, its images and a batch."""
+    config = configure(Config, [os.path.join(sys.path[0], "configs", "demo.py")])
+    here = here_on(device)
+    images, _ = data.open_for_training(config, here)
+    run = train.make_run(config, len(images) // config.batch_size, here)
+    return run, images, next(iter(data.train_loader(images, config, 0, 1, here)))
+
+
+def step_and_data_row(device):
+    """The demo's step and the making of its batch; reference: the step on a ready batch."""
+    run, images, batch = demo_step(device)
+    steps = STEPS_A_CALL[device.type]
+
+    def ours():
+        for batch in data.train_loader(images, run.config, 0, steps, run.here):
+            train.train_step(run, 0, batch)  # at a learning rate of 0
+        return batch[:3]
+
+    def reference():
+        for _ in range(steps):
+            train.train_step(run, 0, batch)
+        return batch[:3]
+
+    first = lambda: next(iter(data.train_loader(images, run.config, 0, 1, run.here)))[:3]  # noqa: E731
+    return Row(ours, reference, len(batch.seeds) * steps, rtol=0, values=(first, lambda: batch[:3]))
+
+
+def busy_step_row(device):
+    """The demo's step beside one busy process; reference: alone, on half the threads.
+
+    That is the fair share on two cores. Where threads wait by spinning it is a tenth of it.
+    """
+    run, _, batch = demo_step(device)
+    threads = torch.get_num_threads()
+    parent = os.getpid()
+    spin = f"import os\nwhile os.getppid() == {parent}: pass"
+    busy = subprocess.Popen([sys.executable, "-c", spin])
+    busy.send_signal(signal.SIGSTOP)
+    atexit.register(busy.kill)
+
+    def step(n):
+        torch.set_num_threads(n)
+        logged = train.train_step(run, 0, batch)  # at a learning rate of 0: the same each time
+        torch.set_num_threads(threads)
+        return logged["L_CL"]
+
+    def ours():
+        busy.send_signal(signal.SIGCONT)
+        loss = step(threads)
+        busy.send_signal(signal.SIGSTOP)
+        return loss
+
+    return Row(ours, lambda: step(max(1, threads // 2)), len(batch.seeds), rtol=1e-2)
 
 
 RECIPE_NAMES = {"baug": "BAug", "caug": "CAug", "caug+": "CAug+"}
@@ -317,12 +379,25 @@ def views_row(recipe, n=8):
     return Row(ours, reference, n, rtol=0.05, values=values, one_core=True)
 
 
-def device_views_row(device, recipe, n=64):
+def device_views_row(device, recipe, n=128):
     """The device stage of all ten crops, copied there as uint8; reference: all the host's cores."""
     batch = random_batch(device, n)
     recipe = augment.RECIPES[recipe]
-    sides = [partial(views_on, at, batch, recipe) for at in (device, torch.device("cpu"))]
+    sides = [partial(views_on, at, batch, recipe) for at in (device, CPU)]
     return Row(*sides, images=n, rtol=1e-3)
+
+
+def small_crops_row(size, local_size, local_crops, n=128):
+    """The crops of a batch of small images, at once; reference: image by image, as from files."""
+    names = ("img_size", "local_size", "local_crops", "batch_size", "workers")
+    config = Config(**dict(zip(names, (size, local_size, local_crops, n, 0))))
+    images = shapes("train", 64 if size > 32 else 32, n)
+
+    def crops(some):
+        return next(iter(data.train_loader(some, config, 0, 1, here_on(CPU, "fp32"))))[:2]
+
+    sides = [partial(crops, some) for some in (images, replace(images, pixels=None))]
+    return Row(*sides, n, rtol=0, one_core=True)
 
 
 def photo_row(H=2000, W=3000):
@@ -536,19 +611,31 @@ def rows(device, folder):
         if n:
             name = f"step {size.arch}{patch}, {crops}, batch {n}, K {size.out_dim}"
             found[name] = partial(step_row, device, size, n)
+    found["demo's step and its batch / the step alone"] = partial(step_and_data_row, device)
+    if not gpu:
+        name = "demo's step beside a busy process / half alone"
+        found[name] = partial(busy_step_row, device)
+    for sizes in ((32, 16, 4), (48, 24, 4), (64, 32, 8)):
+        name = "crops of {0} px images, 2x{1}+{3}x{2}, one core"
+        side = 64 if sizes[0] > 32 else 32
+        found[name.format(side, *sizes)] = partial(small_crops_row, *sizes)
     for what in ("compiled blocks", "side stream") if gpu else ():
         found[f"step vit_small/16, CAug+, {what} or not"] = partial(step_without_row, device, what)
     for recipe, name in RECIPE_NAMES.items():
         found[f"views {name}, one core"] = partial(views_row, recipe)
     for recipe, name in RECIPE_NAMES.items() if gpu else ():
-        found[f"device stage of views {name}, batch 64"] = partial(device_views_row, device, recipe)
+        found[f"device stage of views {name}, batch 128"] = partial(
+            device_views_row, device, recipe
+        )
     found["crops of a JPEG of 2000x3000, one core"] = photo_row
     arch, n = ("vit_small", 128) if gpu else ("vit_micro", 16)
     for recipe in ("caug", "caug+") if gpu else ("caug+",):
         name = f"JPEG to weights, {arch}/16, {RECIPE_NAMES[recipe]}, batch {n}"
         found[name] = partial(end_to_end_row, device, folder, arch, recipe, n)
-    found["loss and last layers, 10 views, batch 64, K 65536"] = partial(loss_row, device)
-    found["selective scan (2, 384, 3136), N 1"] = partial(scan_row, device)
+    n = 128 if gpu else 64
+    found[f"loss and last layers, 10 views, batch {n}, K 65536"] = partial(loss_row, device, n)
+    n = 64 if gpu else 2
+    found[f"selective scan ({n}, 384, 3136), N 1"] = partial(scan_row, device, n)
     found["vmamba_tiny at 224, forward + backward"] = partial(vmamba_row, device)
     found["features, vit_micro/8 at 64 px"] = partial(features_row, device)
     found["label propagation, 30x52 patches of 8 frames"] = partial(labels_row, device)
