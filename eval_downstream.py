@@ -19,16 +19,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lib import checkpoint, data, features, linear, machine, results
+from lib.batchnorm import sync_batch_norm
+from lib.config import UsageError, configure, did_you_mean, option
+from lib.rng import fork, uniforms
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from augment import Recipe, augment, quarter_turn
-from lib import checkpoint, data, features, linear, machine, results
-from lib.config import UsageError, configure, did_you_mean, option
-from lib.rng import fork, uniforms
-from lib.run import sync_batch_norm
 
 TASK_OPTIONS = ("data", "classes", "subset_list", "degrees")  # each for some of TASKS
 
@@ -219,7 +220,7 @@ def finetune(models, task, config, size, here, state):
             [model] = [model for model in models if model.row == row]
             network = Finetuned(model, part, config, task.n_classes, seed).to(here.device)
             if here.world > 1:
-                network = sync_batch_norm(network, here.device)
+                network = sync_batch_norm(network)
             begun = unfinished if unfinished and unfinished["which"] == which else None
             save = functools.partial(state.write, rows=rows, which=which)
             train_network(network, which, task, config, size, here, begun, save)

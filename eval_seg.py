@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lib import data, features, machine, results, shapes
+from lib.config import EvalConfig, UsageError, configure, option
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,8 +30,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from augment import normalize, resize
-from lib import data, features, machine, results, shapes
-from lib.config import EvalConfig, UsageError, configure, option
 
 
 # fmt: off
@@ -84,9 +85,7 @@ def tokencut(features, tau=0.2):
     symmetric = identity - scale[:, None] * graph * scale  # its eigenvectors are D^1/2 v
     v = scale * torch.linalg.eigh(symmetric).eigenvectors[:, 1]
     seed = int(v.abs().argmax())
-    if v[seed] <= v.mean():
-        v = -v
-    v = v.view(h, w)
+    v = v.view(h, w) * (1 if v[seed] > v.mean() else -1)
     return component(v > v.mean(), seed // w, seed % w), v
 
 

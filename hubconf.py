@@ -6,9 +6,9 @@ z_ir, z_ef = backbone.split(backbone(images))  # images: normalized (B, 3, H, W)
 
 from functools import partial
 
-import torch
-
 from lib.weights import load_backbone
+
+import torch
 
 dependencies = ["torch", "torchvision"]
 

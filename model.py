@@ -5,12 +5,13 @@ import functools
 import math
 from collections import OrderedDict, namedtuple
 
+from lib.config import UsageError, did_you_mean
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from lib.config import UsageError, did_you_mean
 from vmamba import VMAMBAS, VMamba
 
 

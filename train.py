@@ -9,16 +9,17 @@ import math
 from collections import defaultdict
 from contextlib import nullcontext
 
-import torch
-
-import losses
-import vmamba
-from augment import RECIPES
 from lib import data, fused, machine
 from lib.config import Config, configure
 from lib.monitor import Monitor
 from lib.run import Run
 from lib.rundir import RunDir
+
+import torch
+
+import losses
+import vmamba
+from augment import RECIPES
 from model import BACKBONES, build_network
 
 
@@ -73,12 +74,11 @@ def siamese(run, views, scale):
     """SimSiam and DDCL: two views [(2, B, 3, G, G)] predict each other; there is no teacher."""
     views = views[0].split(1)  # batch norm sees one at a time
     student = run.student(views, scale and scale[0].split(1))
-    projections, predictions = student.ir  # (2, B, hidden) each
-    terms = {"L_CL": losses.simsiam_loss(predictions, projections)}
+    z, p = student.ir  # projections and predictions, (2, B, hidden) each
+    terms = {"L_CL": losses.simsiam_loss(p, z)}
     if student.ef is not None:
-        projections, predictions = student.ef
-        pair = predictions, projections, run.config.orth
-        terms["L_Orth"] = losses.ddcl_orthogonality(*pair, machine.mean_over_ranks)
+        z, p = student.ef
+        terms["L_Orth"] = losses.ddcl_orthogonality(p, z, run.config.orth, machine.mean_over_ranks)
         ir, ef = run.network.head_ir, run.network.head_ef
         pairs = (ir.projector, ef.projector), (ir.predictor, ef.predictor)
         terms["L_PReg"] = sum(losses.projection_regularization(*pair) for pair in pairs) / 2

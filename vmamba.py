@@ -26,12 +26,13 @@ import functools
 import math
 from collections import OrderedDict
 
+from lib.config import UsageError
+from lib.scan_triton import available, scan_triton
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from lib.config import UsageError
-from lib.scan_triton import available, scan_triton
+from torch.utils.checkpoint import checkpoint
 
 # --- the scan, as it is defined -------------------------------------------------------------------
 
@@ -230,6 +231,19 @@ def keep_out_of_graphs():
 
 # --- SS2D: the scan of a map in four directions ---------------------------------------------------
 
+RECOMPUTES = {"cuda"}  # devices where backward computes cheap parts again: half the memory
+
+
+def recomputed(function, x):
+    """Return function(x). On a device of RECOMPUTES its insides are not saved for backward.
+
+    Up to the input of the last operation they are computed again. A compiled graph does so itself.
+    """
+    is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_eager and x.device.type in RECOMPUTES:
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return function(x)
+
 
 def in_order(x, k):
     """Read x (B, H, W, C) by rows (k = 0), by columns (1) or so backwards (2, 3): (B, H*W, C)."""
@@ -280,7 +294,7 @@ class SS2D(nn.Module):
     def forward(self, x):
         u = self.in_proj(x)  # (B, H, W, C)
         u = F.silu(self.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return self.out_proj(self.out_norm(self.scan(u)))
+        return recomputed(lambda y: self.out_proj(self.out_norm(y)), self.scan(u))
 
     def scan(self, u):
         """Scan u (B, H, W, C) in four directions. Returns their sum (B, H, W, C), added in fp32."""
@@ -297,10 +311,10 @@ class SS2D(nn.Module):
             numbers = torch.stack([in_order(numbers[..., k, :], k) for k in range(K)])
         low, write, read = numbers.split([self.R, N, N], -1)  # (K, B, L, R), B and C (K, B, L, N)
         weight = self.dt_projs_weight.mT.to(low.dtype)
-        delta = (low.flatten(1, 2) @ weight).unflatten(1, low.shape[1:3])  # (K, B, L, C)
         if backend == "triton":
-            y = scan_triton(u.flatten(1, 2), delta, A, write, read, D, bias, (H, W))
+            y = scan_triton(u.flatten(1, 2), (low, weight), A, write, read, D, bias, (H, W))
             return y.view(images, H, W, C).to(u.dtype)
+        delta = (low.flatten(1, 2) @ weight).unflatten(1, low.shape[1:3])  # (K, B, L, C)
         us = cross_scan(u)  # (K, B, L, C)
         if backend == "torch":
             y = scan_torch(us, delta, A, write, read, D, bias)
@@ -338,7 +352,8 @@ class VSSBlock(nn.Module):
         """scale (B, 2): drop path's factors of the two branches. None drops nothing."""
         scales = (1.0, 1.0) if scale is None else scale[:, :, None, None, None].unbind(1)
         x = x + scales[0] * self.op(self.norm(x))
-        return x + scales[1] * self.mlp(self.norm2(x))
+        hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)
+        return x + scales[1] * recomputed(lambda h: self.mlp.fc2(self.mlp.act(h)), hidden)
 
 
 class _Permute(nn.Module):
@@ -402,7 +417,7 @@ class VMamba(nn.Module):
             raise UsageError(f"image of {H}x{W} pixels: sides must be multiples of {self.stride}")
         depth = len(self.blocks)
         scales = iter([None] * depth if drop_path_scale is None else drop_path_scale.unbind(1))
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = recomputed(self.patch_embed, x.contiguous(memory_format=torch.channels_last))
         for layer in self.layers:
             for block in layer.blocks:
                 x = block(x, next(scales))  # (B, H/s, W/s, width), s = 4, 8, 16, 32

@@ -9,10 +9,10 @@ import pickle
 from collections import OrderedDict
 from pathlib import Path
 
-import torch
-
 from lib import machine
 from lib.config import UsageError
+
+import torch
 
 MACHINE = ("workers", "device", "out", "data_root", "download")  # options that change no number
 
@@ -34,6 +34,13 @@ def save_atomically(obj, path):
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)  # the rename itself must reach the disk
     os.close(folder)
+
+
+def to_host(obj, copy):
+    """Return obj, nested dicts, with its tensors on the host; copy: also those that are there."""
+    if isinstance(obj, dict):
+        return {key: to_host(value, copy) for key, value in obj.items()}
+    return obj.to("cpu", copy=copy) if torch.is_tensor(obj) else obj
 
 
 def read_checkpoint(path):

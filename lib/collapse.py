@@ -3,11 +3,12 @@
 import copy
 import math
 
+from lib import features
+
 import torch
 import torch.nn.functional as F
 
 import losses
-from lib import features
 
 
 @torch.compiler.set_stance("force_eager")

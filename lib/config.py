@@ -102,7 +102,8 @@ class Config:
     log_every: int = option(10, "steps between lines of log.jsonl", 1, 10**9)
     eval_every: int = option(10, "epochs between kNN and collapse metrics; 0: at the end", 0, 10**6)
     probe_at_end: bool = option(False, "finish with the table of kNN and ridge probes")
-    save_every: int = option(0, "steps between checkpoints, besides each epoch's end", 0, 10**9)
+    save_every: int = option(0, "steps between checkpoints, besides those of epochs", 0, 10**9)
+    save_every_epochs: int = option(1, "epochs between checkpoints; the end has one", 1, 10**6)
 
     def __post_init__(self):
         self.out_dim_ef = self.out_dim_ef or self.out_dim

@@ -5,6 +5,12 @@ import math
 import sys
 from typing import NamedTuple
 
+from lib import data, machine
+from lib.config import UsageError, did_you_mean
+from lib.processor import exact_fp32
+from lib.results import percent, result_row, results_folder
+from lib.weights import load_backbone
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -13,10 +19,6 @@ from tqdm import tqdm
 
 import vmamba
 from augment import perturbation, quarter_turn
-from lib import data, machine
-from lib.config import UsageError, did_you_mean
-from lib.results import percent, result_row, results_folder
-from lib.weights import load_backbone
 from model import build_backbone, check_divisible, ir_dims
 
 RIDGE_TESTS = {  # metric of ridge_rows -> test
@@ -26,6 +28,7 @@ RIDGE_TESTS = {  # metric of ridge_rows -> test
     "kNN": "orig",
     "kNN, rotated": "ro",
 }
+CHUNK = 2**25  # numbers of some rows that are worked on at a time: 256 MB in fp64
 
 # --- features -------------------------------------------------------------------------------------
 
@@ -106,11 +109,18 @@ def std_and_rank(z):
     std: of L2-normalized z over the images, times sqrt(D): 1 if spread evenly, 0 if one point.
     Rank: exp of the entropy of the covariance's spectrum, 1 .. D (Roy and Vetterli 2007).
     """
-    unit = F.normalize(z.double(), dim=-1)
-    eigenvalues = torch.linalg.eigvalsh(torch.atleast_2d(torch.cov(unit.T))).clamp(min=0)
+    N, D = z.shape
+    chunks = z.split(max(1, CHUNK // D))
+    mean = sum(F.normalize(x.double(), dim=-1).sum(0) for x in chunks) / N
+    covariance = torch.zeros(D, D, dtype=torch.float64, device=z.device)
+    for x in chunks:
+        centered = F.normalize(x.double(), dim=-1) - mean
+        covariance.addmm_(centered.T, centered)
+    covariance /= N - 1
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     share = eigenvalues / eigenvalues.sum().clamp(min=1e-300)
     rank = torch.special.entr(share).sum().exp()
-    return (unit.std(0).mean() * math.sqrt(z.shape[1])).item(), rank.item()
+    return (covariance.diag().sqrt().mean() * math.sqrt(D)).item(), rank.item()
 
 
 # --- kNN and ridge classifiers --------------------------------------------------------------------
@@ -121,6 +131,7 @@ def knn_accuracy(*arguments, **options):
     return percent(knn_correct(*arguments, **options))
 
 
+@exact_fp32()
 def knn_correct(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
     """Return whether kNN classifies test images correctly, (N,) bool (Wu et al. 2018; DINO).
 
@@ -148,23 +159,40 @@ def ridge_correct(train_x, train_y, tests):
     """
     mean = train_x.mean(0)
     std = train_x.std(0) + 1e-6
-    x = ((train_x - mean) / std).double()
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # (N, D + 1)
-    train_y = train_y.to(x.device)
-    targets = F.one_hot(train_y).double()
-    held_out = torch.arange(len(x), device=x.device) % 10 == 9
+    train_y = train_y.to(train_x.device)
+    n_classes = int(train_y.max()) + 1
+    rows = max(1, CHUNK // max(train_x.shape[1], n_classes))  # are in fp64 at a time
 
-    def fit(x, targets, penalties):  # one decomposition serves all penalties
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        target = vectors.T @ (x.T @ targets) / len(x)
+    def standardized(x):
+        return ((x - mean) / std).double()
+
+    def chunks(taken):  # of training images: x (b, D + 1), y (b,); taken (N,): which ones
+        for x, y, some in zip(train_x.split(rows), train_y.split(rows), taken.split(rows)):
+            known = standardized(x[some])
+            yield torch.cat([known, torch.ones_like(known[:, :1])], 1), y[some]
+
+    def fit(taken, penalties):  # one decomposition serves all penalties
+        n = int(taken.sum())
+        gram = target = 0
+        for x, y in chunks(taken):
+            gram = gram + x.T @ x
+            target = target + x.T @ F.one_hot(y, n_classes).double()
+        values, vectors = torch.linalg.eigh(gram / n)
+        target = vectors.T @ target / n
         return [vectors @ (target / (values.clamp(min=0) + p)[:, None]) for p in penalties]
 
+    held_out = torch.arange(len(train_x), device=train_x.device) % 10 == 9
     penalties = [10.0**p for p in range(-6, 2)]
-    trials = fit(x[~held_out], targets[~held_out], penalties)
-    right = [((x[held_out] @ w).argmax(1) == train_y[held_out]).double().mean() for w in trials]
-    [weight] = fit(x, targets, [penalties[int(torch.stack(right).argmax())]])
-    tests = [(((x - mean) / std).double(), y.to(x.device)) for x, y in tests]
-    return [(x @ weight[:-1] + weight[-1]).argmax(1) == y for x, y in tests]
+    trials = fit(~held_out, penalties)
+    right = torch.zeros(len(penalties), dtype=torch.int64, device=train_x.device)
+    for x, y in chunks(held_out):
+        right += torch.stack([((x @ w).argmax(1) == y).sum() for w in trials])
+    [weight] = fit(torch.ones_like(held_out), [penalties[int(right.argmax())]])
+    correct = []
+    for x, y in tests:
+        logits = (standardized(some) @ weight[:-1] + weight[-1] for some in x.split(rows))
+        correct.append(torch.cat([l.argmax(1) for l in logits]) == y.to(x.device))
+    return correct
 
 
 def ridge_features(model, train, val, size, here, workers=0, seed=0):

@@ -3,10 +3,12 @@
 With K = 65536 prototypes and ten views the logits (V, B, K) fill gigabytes. Here they exist for one
 chunk of images at a time. Inside a chunk autograd differentiates the plain pair term; the gradients
 of the unit vectors and of the normalized prototypes are added up over the chunks. The result equals
-losses.pair_loss of all logits, for ANY pair term (tests/test_losses.py).
+losses.pair_loss of all logits, for ANY pair term (tests/test_losses.py). On a GPU torch.compile
+fuses the passes over the logits.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 import losses
 
 CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**23}  # logits held at a time: 256 MB, 32 MB
+COMPILERS = {"cuda": "inductor"}  # device -> torch.compile's backend; none, or it fails: eager
 
 
 def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
@@ -30,30 +33,52 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
         entropy in nats (ln K: it says nothing; 0: it is certain).
     """
     check_term(term)
+    given = (term, student, layer, teacher, teacher_layer, center, temps, chunk)
+    try:
+        return _in_chunks(*given)
+    except Exception as error:
+        if COMPILERS.pop(student.device.type, None) is None:
+            raise
+        why = " ".join(str(error).split())[:200]
+        print(f"losses are not compiled: {type(error).__name__}: {why}", flush=True)
+    return _in_chunks(*given)
+
+
+def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chunk):
     V, B, _ = student.shape
     student_temp, teacher_temp = temps
+    backend = COMPILERS.get(student.device.type)
+    teacher_side, value_of = (_compiled(f, backend) for f in (_teacher_side, _value))
     with torch.autocast(student.device.type, enabled=False):
         prototypes = layer.prototypes()  # (K, d), differentiable: the weight norm's own backward
         with torch.no_grad():
             W = prototypes.detach()
             chunk = chunk or max(1, CHUNK_ELEMENTS[student.device.type] // (V * len(W)))
+            if student.is_cuda:  # chunks of one size are compiled once
+                chunk = math.ceil(B / math.ceil(B / chunk))
+                teacher_temp = torch.full((), teacher_temp, device=student.device)  # it warms up
             grad_student = torch.empty_like(student)
             grad_W = torch.zeros_like(W)
             loss = entropy = teacher_sum = 0
             for at in range(0, B, chunk):
                 u = student[:, at : at + chunk].flatten(0, 1)  # (V b, d)
                 t = teacher_layer(teacher[:, at : at + chunk].flatten(0, 1)).unflatten(0, (2, -1))
-                teacher_sum = teacher_sum + t.sum((0, 1))
-                q = losses.teacher_probabilities(t, center, teacher_temp)
-                entropy = entropy + torch.special.entr(q).sum()
-                s = F.linear(u, W).div_(student_temp).unflatten(0, (V, -1))  # (V, b, K)
-                part, grad_s = _value_and_gradient(term, q, s, pairs=B * (2 * V - 2))
-                loss = loss + part
-                grad_s = grad_s.div_(student_temp).flatten(0, 1)
-                grad_student[:, at : at + chunk] = (grad_s @ W).unflatten(0, (V, -1))
-                grad_W.addmm_(grad_s.T, u)
+                q, *sums = teacher_side(t, center, teacher_temp)
+                teacher_sum = teacher_sum + sums[0]
+                entropy = entropy + sums[1]
+                logits = F.linear(u, W).unflatten(0, (V, -1))  # (V, b, K)
+                scales = student_temp, B * (2 * V - 2)
+                loss = loss + _differentiate(value_of, term, q, logits, scales)
+                gradient = logits.flatten(0, 1)
+                grad_student[:, at : at + chunk] = (gradient @ W).unflatten(0, (V, -1))
+                grad_W.addmm_(gradient.T, u)
         loss = _PrecomputedGrad.apply(loss, grad_student, grad_W, student, prototypes)
     return loss, teacher_sum / (2 * B), entropy / (2 * B)
+
+
+@functools.cache
+def _compiled(function, backend):
+    return torch.compile(function, backend=backend) if backend else function
 
 
 @functools.cache
@@ -70,22 +95,33 @@ def check_term(term):
         assert is_linear, f"{name}: not linear in q, remove it from LINEAR_IN_Q"
 
 
-def _value_and_gradient(term, q, s, pairs):
-    """Sum the term over the pairs of a chunk, divide by `pairs` -> scalar, gradient by s (V, b, K).
+def _teacher_side(t, center, temp):
+    """Compute of logits t (2, b, K): probabilities q (2, b, K), sum of t (K,), entropy's sum."""
+    q = losses.teacher_probabilities(t, center, temp)
+    return q, t.sum((0, 1)), torch.special.entr(q).sum()
+
+
+def _value(term, targets, logits, temp, pairs):
+    """Sum the term of logits (b, K) over targets and images, divide by `pairs` -> scalar."""
+    s = logits / temp
+    return sum(term(q, s).sum() for q in targets) / pairs
+
+
+def _differentiate(value_of, term, q, logits, scales):
+    """Return the value of a chunk's logits (V, b, K) and put its gradient in their place.
 
     A view is done at a time. If the term is linear in q, a local view meets q_0 + q_1 once.
     """
-    gradient = torch.empty_like(s)
     total = 0
     local = [q[0] + q[1]] if term in losses.LINEAR_IN_Q else [q[0], q[1]]
-    for v in range(len(s)):
+    for v in range(len(logits)):
         targets = [q[1 - v]] if v < 2 else local
         with torch.enable_grad():
-            view = s[v].detach().requires_grad_()
-            value = sum(term(target, view).sum() for target in targets) / pairs
-            [gradient[v]] = torch.autograd.grad(value, view)
+            view = logits[v].detach().requires_grad_()
+            value = value_of(term, targets, view, *scales)
+            [logits[v]] = torch.autograd.grad(value, view)
         total = total + value.detach()
-    return total, gradient
+    return total
 
 
 def plain_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):

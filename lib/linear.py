@@ -5,12 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from augment import PERTURBATIONS, Recipe, augment, perturbation
 from lib import data, rng
 from lib.config import EvalConfig, UsageError, did_you_mean, option
 from lib.features import (
@@ -23,6 +17,13 @@ from lib.features import (
     progress_bar,
 )
 from lib.results import result_row
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from augment import PERTURBATIONS, Recipe, augment, perturbation
 
 CROP_SCALE = (0.08, 1.0)  # area of a classifier's training crops (torchvision's and DINO's)
 

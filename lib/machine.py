@@ -2,18 +2,20 @@
 
 import atexit
 import contextlib
-import functools
 import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NamedTuple
+
+from lib.config import UsageError
+from lib.processor import choose_device, choose_precision
 
 import torch
 import torch.distributed as dist
 
-from lib.config import UsageError
-from lib.processor import choose_device, choose_precision
+_hosts = None  # the group in which hosts talk, not their GPUs; join makes it on all ranks
 
 
 class Here(NamedTuple):
@@ -32,6 +34,7 @@ class Here(NamedTuple):
 
 def join(device="auto", precision="auto"):
     """Choose device and precision, join torchrun's process group if there is one -> Here."""
+    global _hosts
     device = choose_device(device)
     precision, autocast = choose_precision(precision, device)
     if device.type == "cuda":
@@ -43,20 +46,16 @@ def join(device="auto", precision="auto"):
             # of their own the new ranks find the addresses of the dead ones.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"attempt {attempt}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        group = dict(store=store, rank=rank, world_size=world, device_id=gpu)
+        dist.init_process_group(backend, **group)
+        _hosts = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return Here(*rank_and_world(), device, precision, autocast)
 
 
 def rank_and_world():
     """Return this process's rank and the number of processes: (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@functools.cache
-def _host_group():
-    """Return a group of the hosts: no rank waits for its device. None: the default one, gloo."""
-    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
 
 def mean_over_ranks(x):
@@ -72,8 +71,14 @@ def broadcast(obj):
     """Return rank 0's object (anything that pickles) on every rank."""
     held = [obj]
     if dist.is_initialized():
-        dist.broadcast_object_list(held, src=0, group=_host_group())
+        dist.broadcast_object_list(held, src=0, group=_hosts)
     return held[0]
+
+
+def wait_on_hosts():
+    """Wait up to a day until all ranks are here: GPUs give up after ten minutes of a download."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1), group=_hosts)
 
 
 def wait_for_ranks():
@@ -104,7 +109,7 @@ def catch_signals():
     def pending():
         number = torch.tensor(received[0] if received else 0)
         if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=_host_group())
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=_hosts)
         return number.item()
 
     signal.signal(signal.SIGTERM, note)

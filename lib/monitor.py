@@ -12,15 +12,14 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 
+from lib import collapse, data, features, machine, results
+from lib.run import first_screen, refuse_to_skip_more, views_picture
+
 import torch
-import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from augment import denormalize, perturbation
-from lib import collapse, data, features, machine, results
-from lib.config import UsageError
-from lib.run import first_screen
+from augment import perturbation
 
 MAX_CONSECUTIVE_SKIPS = 3  # steps in a row without a finite gradient before a run stops
 
@@ -38,7 +37,7 @@ class Monitor:
         self.history = defaultdict(list)  # name -> values of the steps since the last line
         self.numbers = {}  # what was last logged
         self.is_late = run.here.device.type == "cuda"  # lines come one window late
-        self.unwritten = []  # the line to come: what _write needs, or none
+        self.unwritten = []  # what _write needs for the line to come, or nothing
         self.waited = 0.0  # seconds, for batches, since the last line
         self.since = time.perf_counter()
         self.has_labels = val_set is not None and train_set.labels.min() >= 0
@@ -58,7 +57,8 @@ class Monitor:
             print(first_screen(run, step, self.train_set), flush=True)
         if step == 0:
             if run.here.is_main:
-                torchvision.utils.save_image(self.picture(), folder.path("views.png"))
+                picture = views_picture(run, self.whole, self.shown)
+                torchvision.utils.save_image(picture, folder.path("views.png"))
             folder.log(step=0, epoch=0.0, **collapse.metrics(run, self.first_batch))
         elif not self._was_evaluated(step):  # the run ended between a checkpoint and this
             self.epoch_end(step)
@@ -78,23 +78,6 @@ class Monitor:
         )
         self.since = time.perf_counter()
 
-    def picture(self):
-        """Draw six images, a row each: the image, then its views as the network sees them."""
-        views = self.run.views(self.shown)
-        size = self.run.config.img_size
-        pictures = [self.whole[None] / 255]  # each (n, B, 3, size, size)
-        for view in views:
-            border = size - view.shape[-1]
-            pad = (border // 2, border - border // 2) * 2
-            pictures.append(F.pad(denormalize(view).cpu(), pad, value=1.0))
-        rows = torch.cat(pictures).transpose(0, 1)  # (B, 1 + V, 3, size, size)
-        padding = max(2, size // 32)
-        grid = torchvision.utils.make_grid(
-            rows.flatten(0, 1), nrow=rows.shape[1], padding=padding, pad_value=1
-        )
-        zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
-        return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-
     def watch(self, batches):
         """Hand on the batches; measure the wait for them and name broken files."""
         batches = iter(batches)
@@ -111,56 +94,52 @@ class Monitor:
         """Note what the step that makes `done` steps says; log every log_every, or at a signal.
 
         Also before each checkpoint, so that a continued run logs the same averages, and before each
-        evaluation. On a GPU a line is written when the next one is due, or before such a stop: so
-        nothing waits for the device between stops, and too many skipped steps are seen that late.
+        evaluation. On a GPU a line is written when the next one is due, or before such a stop: in
+        between nothing waits for the device. Too many skipped steps are seen that late, too.
         """
         for name, value in logged.items():
             self.history[name].append(value)
         stops = signal or self.folder.is_due(done) or self.is_evaluated(done)
         if stops or (done - 1) % self.run.config.log_every == 0:
-            self._average(done, at_once=stops or not self.is_late)
+            self._write()
+            self._average(done, stops)
+            if stops or not self.is_late:
+                self._write()
         self.bar.update()
         if signal:
             self.bar.close()
 
-    def _average(self, done, at_once):
-        """Write the line before; average the history over steps and ranks for the next line.
-
-        at_once: write that one too, which waits for the device.
-        """
-        self._write()
+    def _average(self, done, stops):
+        """Average the history over steps and ranks for a line; stops: wait for the device."""
         run, n = self.run, len(self.history["loss"])
         stacked = [torch.stack(values) for values in self.history.values()]
         means = [x.nan_to_num(math.nan, math.nan, math.nan).nanmean() for x in stacked]
         means = machine.mean_over_ranks(torch.stack(means))
-        read = start_copy(torch.cat([means.double(), run.skipped.double()]))
-        if at_once:
-            read()  # the clock counts all work of these steps
+        means, wait = start_copy(torch.cat([means.double(), run.skipped.double()]))
+        if stops:
+            wait()  # so that the speed counts all the work of these steps
         seconds = time.perf_counter() - self.since
-        speed = dict(
-            lr=run.optimizer.param_groups[0]["lr"],
-            img_per_s=n * run.config.batch_size / seconds,
-            data_wait=self.waited / seconds,
-        )
-        self.unwritten.append((done, list(self.history), read, speed))
+        speed = {"lr": run.optimizer.param_groups[0]["lr"]}
+        speed["img_per_s"] = n * run.config.batch_size / seconds
+        speed["data_wait"] = self.waited / seconds
+        self.unwritten.append((done, list(self.history), means, wait, speed))
         self.history.clear()
         self.waited = 0.0
         self.since = time.perf_counter()
-        if at_once:
-            self._write()
 
     def _write(self):
         """Write the line to come, if there is one; stop a run that skips step after step."""
         while self.unwritten:
-            done, names, read, speed = self.unwritten.pop()
-            *means, skipped, in_a_row = read()
+            done, names, means, wait, speed = self.unwritten.pop()
+            wait()
+            *means, skipped, in_a_row = means.tolist()
             if in_a_row >= MAX_CONSECUTIVE_SKIPS:
                 refuse_to_skip_more(self.run, done - int(in_a_row), done - 1, len(self.train_set))
             counts = {"skipped": int(skipped)} if skipped else {}
             self.numbers = dict(zip(names, means)) | counts | speed
             self.folder.log(step=done, epoch=done / self.run.steps_per_epoch, **self.numbers)
             shown = [f"{k} {v:.4g}" for k, v in self.numbers.items() if k[0] in "lL"]
-            shown.append(f"{speed['img_per_s']:.0f} img/s  data {speed['data_wait']:.0%}")
+            shown.append("{img_per_s:.0f} img/s  data {data_wait:.0%}".format(**speed))
             self.bar.set_postfix_str("  ".join(shown), refresh=False)
 
     def is_evaluated(self, done):
@@ -176,18 +155,16 @@ class Monitor:
             self.since = time.perf_counter()  # a checkpoint was written
         if not self.is_evaluated(done):
             return
+        epoch = done // run.steps_per_epoch
         numbers = self.evaluate(is_last=done == run.total)
         records = self.folder.records()
         warms_up = run.config.teacher_temp_epochs > 0  # then probabilities shrink by themselves
         if "dot_ef" in numbers and records and "dot_ef" in records[0] and not warms_up:
             numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
-        self.folder.log(step=done, epoch=done / run.steps_per_epoch, **numbers)
+        self.folder.log(step=done, epoch=float(epoch), **numbers)
         if run.here.is_main:
             names = [n for n in numbers if n.startswith(("knn", "rank_", "norm"))]
-            tqdm.write(
-                f"epoch {done // run.steps_per_epoch}: "
-                + "  ".join(f"{n} {numbers[n]:.3g}" for n in names)
-            )
+            tqdm.write(f"epoch {epoch}: " + "  ".join(f"{n} {numbers[n]:.3g}" for n in names))
             for warning in collapse.warnings(self.numbers | numbers, run.config):
                 tqdm.write(f"WARNING: {warning}")
         self.since = time.perf_counter()
@@ -254,25 +231,8 @@ class Monitor:
 
 
 def start_copy(x):
-    """Start to copy x to the host -> read(), which waits for the copy and returns x as a list."""
-    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
-    copied = torch.cuda.current_stream().record_event() if x.is_cuda else None
-
-    def read():
-        if copied:
-            copied.synchronize()
-        return host.tolist()
-
-    return read
-
-
-def refuse_to_skip_more(run, first, last, n_images):
-    """UsageError, on every rank: steps first .. last were skipped, their gradients not finite."""
-    config = run.config
-    [samples] = data.Schedule(n_images, config.batch_size, config.seed, first, first + 1)
-    names = ", ".join(str(i) for _, i in samples[:8])
-    raise UsageError(
-        f"steps {first} to {last}: no gradient was finite, all were skipped; step {first} saw "
-        f"samples {names} ...; {config.out_dir}/ckpt.pt holds the last good state; lower lr, or "
-        "try precision=fp32"
-    )
+    """Start to copy x to the host -> the copy, and wait(), after which it holds the numbers."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+    if not x.is_cuda:
+        return host, lambda: None
+    return host, torch.cuda.current_stream().record_event().synchronize

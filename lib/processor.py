@@ -6,9 +6,9 @@ import faulthandler
 import functools
 import os
 
-import torch
-
 from lib.config import UsageError
+
+import torch
 
 
 def choose_device(name):
@@ -62,10 +62,10 @@ def choose_precision(name, device):
 def _set_kernels(allow_tf32):
     """Choose among a GPU's kernels. allow_tf32: fp32 matrix products round factors to 11 bits.
 
-    With bf16, TF32 serves what is outside of autocast: the prototypes' logits, kNN, linear
-    classifiers. Convolutions outside of autocast never use it (torch's default is that they do).
-    The old names set torch's new ones (fp32_precision) too. The new ones do not set the old ones,
-    and torch.compile, which reads both, then stops with an error.
+    With bf16, TF32 serves what is outside of autocast: the prototypes' logits, linear classifiers.
+    Convolutions outside of autocast never use it (torch's default is that they do).
+    The old names set torch's new ones (fp32_precision) too. The new ones do not set the old ones;
+    torch.compile reads both and stops where they differ (PyTorch's issue 166387).
     """
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -9,6 +9,7 @@ level).
 """
 
 from dataclasses import replace
+from functools import partial
 
 from lib.images import free_memory, read_or_reason
 from lib.processor import exact_fp32
@@ -44,7 +45,7 @@ def place(images, what, here, threads):
 
 def _decode_all(images, what, here, threads):
     """Read the files into one tensor; leave it if a sample of 64 says no, or a file is broken."""
-    read = lambda i: read_or_reason(images.read, i)  # noqa: E731
+    read = partial(read_or_reason, images.read)
     first = read(0)
     for i in range(0, len(images), max(1, len(images) // 64)):
         if not _is_like(read(i), first):
@@ -60,18 +61,15 @@ def _decode_all(images, what, here, threads):
         pixels[i] = image
         return ""
 
-    progress = dict(desc=f"decoding {what}", leave=False, disable=not here.is_main)
-    failed = {i: why for i, why in enumerate(_each(load, len(images), threads, progress)) if why}
+    progress = dict(desc=f"decoding {what}", leave=False, delay=1, disable=not here.is_main)
+    reasons = thread_map(load, range(len(images)), max_workers=threads, **progress)
+    failed = {i: why for i, why in enumerate(reasons) if why}
     if failed:
         i, why = next(iter(failed.items()))
         if here.is_main:
             tqdm.write(f"{images.name(i)} is {why}: {what} is read from its files, step by step")
         return images
     return replace(images, pixels=pixels)
-
-
-def _each(function, n, threads, progress):
-    return thread_map(function, range(n), max_workers=threads, chunksize=64, **progress)
 
 
 def _is_like(image, first):

@@ -9,11 +9,11 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from lib import machine
 from lib.checkpoint import digest_of_weights
 from lib.config import UsageError
+
+import numpy as np
 
 
 def result_row(row, part, dims, right, save_correct=False, **facts):

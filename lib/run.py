@@ -2,20 +2,23 @@
 
 import contextlib
 import copy
-import importlib.util
+import functools
 import os
 from dataclasses import asdict, dataclass
 
-import torch
-import torch.distributed as dist
-import torch.distributed.nn
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-import augment
-from lib import data, machine, rng
+from lib import data, fused, machine, processor, rng
+from lib.batchnorm import sync_batch_norm
+from lib.compiled import compile_blocks
 from lib.config import Config, UsageError
 from lib.weights import load_backbone
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid
+
+import augment
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Run:
     centers: dict  # head -> center (K,); empty without a teacher
     skipped: torch.Tensor  # (2,) int64: steps skipped in all, and in a row until now
     stream: object  # CUDA stream that makes the next views; None on a CPU
+    compiled: str  # a line for the first screen: what came of compiling; "": nobody asked
     teacher_temp: float = 0.0  # of the current step
 
     @property
@@ -43,6 +47,11 @@ class Run:
     def total(self):
         """The number of steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def trained(self):
+        """The parameters that the loss trains: {name: parameter}. A walk through all modules."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     @classmethod
     def start(cls, network, has_teacher, config, steps_per_epoch, here):
@@ -57,12 +66,15 @@ class Run:
         networks = [network, teacher] if has_teacher else [network]
         student = network
         if here.world > 1:
-            networks = [sync_batch_norm(net, device) for net in networks]
+            networks = [sync_batch_norm(net) for net in networks]
             ids = [device.index] if device.type == "cuda" else None
             student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        config.compile = compile_blocks(networks, config.compile, device)
-        if device.type == "cuda" and here.precision == "bf16":  # TF32 for the prototypes' logits
-            torch.set_float32_matmul_precision("high")
+        if config.compile is False:
+            fused.COMPILERS.clear()
+        config.compile, compiled = compile_blocks(networks, config.compile, device)
+        # a search for the fastest kernel pays for many convolutions of fixed shapes, not for one
+        is_vit = hasattr(network.backbone, "tokens")
+        torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
         config.device = device.type  # resolved, for config.json
         config.precision = here.precision
         centers = {}
@@ -79,7 +91,8 @@ class Run:
             optimizer=make_optimizer(network, config),
             centers=centers,
             skipped=torch.zeros(2, dtype=torch.int64, device=device),
-            stream=torch.cuda.Stream(device) if device.type == "cuda" else None,
+            stream=processor.view_stream(device),
+            compiled=compiled,
         )
 
     def views(self, batch):
@@ -107,23 +120,19 @@ class Run:
         if not getattr(backbone, "drop_path", 0):
             return None
         depth = len(backbone.blocks)
-        scales, first = [], 0
-        for x in views:
-            index = first + torch.arange(len(x))[:, None]  # of the view
-            u = rng.uniforms(rng.fork(seeds, "drop_path", index=index), 2 * depth)
-            u = rng.to_device(x.device, u.unflatten(-1, (depth, 2)))
-            rates = torch.linspace(0, backbone.drop_path, depth, device=x.device)[:, None]
-            scales.append((u >= rates) / (1 - rates))
-            first += len(x)
-        return scales
+        sizes = [len(x) for x in views]
+        index = torch.arange(sum(sizes))[:, None]  # of the view
+        u = rng.uniforms(rng.fork(seeds, "drop_path", index=index), 2 * depth)  # (V, B, .)
+        rates = torch.linspace(0, backbone.drop_path, depth)[:, None]
+        scales = (u.unflatten(-1, (depth, 2)) >= rates) / (1 - rates)
+        return rng.to_device(views[0].device, scales).split(sizes)
 
     @torch.no_grad()
     def clip_gradients(self):
         """Scale each gradient by itself to at most clip_grad (0: off) -> whether all are finite."""
-        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        unused = [name for name, p in trained.items() if p.grad is None]
+        unused = [name for name, p in self.trained.items() if p.grad is None]
         assert not unused, f"no loss term reaches {unused[0]}: use it, or freeze it"
-        gradients = [p.grad for p in trained.values()]
+        gradients = [p.grad for p in self.trained.values()]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self.config.clip_grad:
             scales = (self.config.clip_grad / (norms + 1e-6)).clamp(max=1)
@@ -132,11 +141,12 @@ class Run:
 
     def step_optimizer(self, is_finite):
         """Update the student, unless a gradient is not finite: then count a skipped step."""
-        self.optimizer.found_inf = (~is_finite).float()  # the device skips, nothing waits for it
+        is_skipped = ~is_finite
+        self.optimizer.found_inf = is_skipped.float()  # the device skips, nothing waits for it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped[0] += ~is_finite
-        self.skipped[1] = (self.skipped[1] + 1) * ~is_finite
+        self.skipped += is_skipped
+        self.skipped[1] *= is_skipped
 
 
 def first_screen(run, step, train_set):
@@ -157,22 +167,57 @@ def first_screen(run, step, train_set):
     share = config.batch_size // here.world
     size = data.part_size(share, config.max_batch_per_gpu)
     classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
+    where = f"read by {data.loading_workers(config.workers)} processes a rank"
+    if train_set.pixels is not None:
+        where = "in memory"
     lines += [
         "",
         f"{config.method} {config.arch}: backbone {backbone:.2f} M parameters, with heads "
         f"{network:.2f} M",
-        f"{len(train_set)} images of {config.data}{classes}",
+        f"{len(train_set)} images of {config.data}{classes}, {where}",
         f"{here.world} x {device}, {here.precision}; batch {config.batch_size} = {here.world} x "
         f"{share // size} x {size} (ranks x accumulated x at once); peak lr "
         f"{config.lr * config.batch_size / 256:.3g}",
     ]
     if hasattr(run.network.backbone, "scan_backend"):
         lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
+    if run.compiled:
+        lines.append(run.compiled)
     if step:
         lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
     elif config.init_from:
         lines.append(f"a new schedule from the weights of {config.init_from}")
     return "\n".join([*lines, ""])
+
+
+def views_picture(run, whole, batch):
+    """Draw a row for each image: whole uint8 (n, 3, G, G), then its views as the network sees them.
+
+    batch: the data.Batch of the same images. Returns RGB in [0, 1], (3, H, W).
+    """
+    size = run.config.img_size
+    pictures = [whole[None] / 255]  # each (V, n, 3, size, size)
+    for view in run.views(batch):
+        border = size - view.shape[-1]
+        pad = (border // 2, border - border // 2) * 2
+        pictures.append(F.pad(augment.denormalize(view).cpu(), pad, value=1.0))
+    rows = torch.cat(pictures).transpose(0, 1)  # (n, 1 + V, 3, size, size)
+    shape = dict(nrow=rows.shape[1], padding=max(2, size // 32), pad_value=1)
+    grid = make_grid(rows.flatten(0, 1), **shape)
+    zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
+    return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+
+def refuse_to_skip_more(run, first, last, n_images):
+    """UsageError, on every rank: steps first .. last were skipped, their gradients not finite."""
+    config = run.config
+    [samples] = data.Schedule(n_images, config.batch_size, config.seed, first, first + 1)
+    names = ", ".join(str(i) for _, i in samples[:8])
+    raise UsageError(
+        f"steps {first} to {last}: no gradient was finite, all were skipped; step {first} saw "
+        f"samples {names} ...; {config.out_dir}/ckpt.pt holds the last good state; lower lr, or "
+        "try precision=fp32"
+    )
 
 
 def check_two_views(config, network):
@@ -212,64 +257,3 @@ def make_optimizer(network, config):
     for p in trained.values():  # torch leaves them unset if the first step is skipped
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-def sync_batch_norm(network, device):
-    """Let every batch norm see the images of all ranks; parameters and keys stay the same."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    for module in network.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            module.__class__ = SyncBatchNormCPU  # only forward differs
-    return network
-
-
-class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the images of all ranks on CPUs; torch's SyncBatchNorm has no kernel."""
-
-    def _check_input_dim(self, x):
-        pass  # (N, C) and (N, C, H, W) alike
-
-    def forward(self, x):
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        world = dist.get_world_size()
-        images = (0, *range(2, x.ndim))
-        channels = (-1, *(1,) * (x.ndim - 2))  # a row of C numbers as it meets x
-        all_reduce = dist.nn.functional.all_reduce  # gradients flow through this one
-        mean = all_reduce(x.mean(images, dtype=torch.float32)) / world  # (C,)
-        var = all_reduce((x - mean.view(channels)).square().mean(images)) / world  # (C,)
-        with torch.no_grad():
-            n = x.numel() // x.shape[1] * world
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
-        y = (x - mean.view(channels)) * (var + self.eps).rsqrt().view(channels)
-        if self.affine:
-            y = y * self.weight.view(channels) + self.bias.view(channels)
-        return y.to(x.dtype)
-
-
-def compile_blocks(networks, wanted, device):
-    """Compile the backbones' blocks one by one, and return whether; None: only a ViT's on a GPU.
-
-    A CPU gains little and compiles for minutes; a ResNet would be one large graph.
-    """
-    if wanted is None:
-        is_vit = hasattr(networks[0].backbone, "tokens")
-        has_triton = importlib.util.find_spec("triton") is not None
-        wanted = device.type == "cuda" and is_vit and has_triton
-        fall_back_to_eager(wanted)
-    if wanted:
-        torch._dynamo.config.recompile_limit = 64  # a ViT's blocks share six graphs
-        for net in networks:
-            getattr(net.backbone, "keep_scans_out_of_graphs", lambda: None)()
-            for block in getattr(net.backbone, "blocks", [net.backbone]):
-                block.compile(dynamic=False)
-    return wanted
-
-
-def fall_back_to_eager(wanted):
-    """Fall back to eager when a block fails to compile: what nobody asked for ends no run."""
-    torch._dynamo.config.suppress_errors = wanted
-    torch._functorch.config.force_non_lazy_backward_lowering = wanted  # so the backward fails now

@@ -5,24 +5,26 @@ timm, torchvision or VMamba), config.json (resolved), log.jsonl (a line has "los
 training, "std_full" if it is of an evaluation), views.png (what the network sees).
 """
 
-import errno
+import atexit
 import fcntl
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+
+from lib import log, machine
+from lib.checkpoint import read_checkpoint, save_atomically, to_host
+from lib.config import RENAMED, Config, UsageError
 
 import torch
 from tqdm import tqdm
 
-from lib import machine
-from lib.checkpoint import read_checkpoint, save_atomically
-from lib.config import RENAMED, Config, UsageError
-
 KEYS = {"config", "step", "images", "student", "teacher", "optimizer", "centers"}  # of ckpt.pt
 RESUME_OVERRIDABLE = {  # options that a continued run may change: results differ by rounding only
     *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),
-    *("scan", "log_every", "eval_every", "save_every", "probe_at_end", "data_root", "download"),
+    *("scan", "log_every", "eval_every", "save_every", "save_every_epochs", "probe_at_end"),
+    *("data_root", "download"),
 }
 
 
@@ -33,6 +35,9 @@ class RunDir:
         self.run = run
         self.n_images = n_images
         self.step = 0
+        self.in_thread = run.here.device.type == "cuda"  # on a CPU it would compete for the cores
+        self.writer = ThreadPoolExecutor(1)
+        self.writing = []  # the checkpoint that the thread writes: a future, or none
 
     def path(self, name):
         return os.path.join(self.run.config.out_dir, name)
@@ -53,7 +58,9 @@ class RunDir:
             )
         if run.here.is_main:
             folder._claim()
-            folder.cut_log()
+            log.cut(folder.path("log.jsonl"), folder.step)
+            if folder.in_thread:
+                atexit.register(folder.wait)  # however the run ends
         return folder
 
     def _claim(self):
@@ -74,13 +81,11 @@ class RunDir:
             with open(path + ".partial", "w") as file:
                 json.dump(asdict(config), file, indent=1)
             os.replace(path + ".partial", path)
-        except BlockingIOError:
-            cause = "another run is at work there; wait for its end, or choose another"
-            raise UsageError(f"out_dir={config.out_dir}: {cause}") from None
         except OSError as error:
-            raise UsageError(
-                f"out_dir={config.out_dir}: {error.strerror}; choose another"
-            ) from None
+            cause = f"{error.strerror}; choose another"
+            if isinstance(error, BlockingIOError):
+                cause = "another run is at work there; wait for its end, or choose another"
+            raise UsageError(f"out_dir={config.out_dir}: {cause}") from None
 
     def _refuse_other(self, there):
         """UsageError if the folder's run has other options than this one, where they matter."""
@@ -103,32 +108,22 @@ class RunDir:
     # --- the checkpoint
 
     def is_due(self, done):
-        """Tell whether a checkpoint follows step `done` - 1: every save_every, and each epoch."""
-        every = self.run.config.save_every
-        return done % self.run.steps_per_epoch == 0 or bool(every and done % every == 0)
+        """Tell whether a checkpoint follows step `done` - 1: by epochs, by steps, at the end."""
+        config = self.run.config
+        steps = self.run.steps_per_epoch * config.save_every_epochs
+        is_by_step = config.save_every and done % config.save_every == 0
+        return done % steps == 0 or bool(is_by_step) or done == self.run.total
 
     def save_if_due(self, done, signal=0):
-        """Save after `done` steps if that is due, or because a signal ends the run.
+        """Save after `done` steps if that is due, or because a signal ends the run."""
+        if self.run.here.is_main and (self.is_due(done) or signal):
+            self.save(done, is_last=bool(signal) or done == self.run.total)
 
-        If the disk refuses, the last checkpoint stands and the run goes on: there may be room at
-        the next one. UsageError if there is no next one, or the weights are not finite.
+    def save(self, done, is_last=False):
+        """Wait for the last checkpoint, copy the run to the host and write: on a GPU in a thread.
+
+        is_last: return when it is on the disk. UsageError if the weights are not finite.
         """
-        if not self.run.here.is_main or not (self.is_due(done) or signal):
-            return
-        try:
-            self.save(done)
-        except OSError as error:
-            cause = error.strerror or error
-            problem = f"no checkpoint after step {done}: {self.run.config.out_dir}: {cause}"
-            if signal or done == self.run.total:
-                fix = "make room, then the same command continues from the last one"
-                raise UsageError(f"{problem}; {fix}") from None
-            tqdm.write(
-                f"WARNING: {problem}; the last good one stands, the next is tried in its turn"
-            )
-
-    def save(self, done):
-        """Write ckpt.pt and backbone.pt, each whole or not at all. OSError if the disk refuses."""
         run = self.run
         tensors = [*run.network.state_dict().values(), *run.teacher.state_dict().values()]
         norms = torch._foreach_norm([x for x in tensors if x.is_floating_point()])
@@ -137,7 +132,7 @@ class RunDir:
                 f"the weights are not finite at step {done}: {self.path('ckpt.pt')} holds the last "
                 "good state; lower lr, or try precision=fp32"
             )
-        os.makedirs(run.config.out_dir, exist_ok=True)  # someone may have removed it
+        self.wait()
         checkpoint = dict(
             config=asdict(run.config),
             step=done,
@@ -149,9 +144,36 @@ class RunDir:
             skipped=run.skipped,
             teacher_temp=run.teacher_temp,
         )
-        save_atomically(checkpoint, self.path("ckpt.pt"))
-        backbone = {name: x.cpu() for name, x in run.teacher.backbone.state_dict().items()}
-        save_atomically(backbone, self.path("backbone.pt"))
+        files = {"ckpt.pt": checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
+        files = to_host(files, copy=self.in_thread)  # the next step changes them in place
+        if self.in_thread and not is_last:
+            self.writing.append(self.writer.submit(self._write, done, files))
+        else:
+            self._write(done, files, is_last)
+
+    def wait(self):
+        """Wait until a checkpoint in hand is written; raise what stopped the thread."""
+        while self.writing:
+            self.writing.pop().result()
+
+    def _write(self, done, files, is_last=False):
+        """Write {name: content}, each file whole or not at all.
+
+        If the disk refuses, the last checkpoint stands and the run goes on: there may be room at
+        the next one. UsageError if there is no next one.
+        """
+        try:
+            os.makedirs(self.run.config.out_dir, exist_ok=True)  # someone may have removed it
+            for name, content in files.items():
+                save_atomically(content, self.path(name))
+        except OSError as error:
+            cause = error.strerror or error
+            problem = f"no checkpoint after step {done}: {self.run.config.out_dir}: {cause}"
+            if is_last:
+                fix = "make room, then the same command continues from the last one"
+                raise UsageError(f"{problem}; {fix}") from None
+            fix = "the last good one stands, the next is tried in its turn"
+            tqdm.write(f"WARNING: {problem}; {fix}")
 
     def restore(self):
         """Load ckpt.pt into the run, if there is one, and set .step."""
@@ -177,9 +199,8 @@ class RunDir:
         for name, center in run.centers.items():
             center.copy_(checkpoint["centers"][name])
         run.skipped.copy_(checkpoint.get("skipped", run.skipped))
-        run.teacher_temp = checkpoint.get(
-            "teacher_temp", run.config.teacher_temp
-        )  # absent in older files
+        # absent in older files
+        run.teacher_temp = checkpoint.get("teacher_temp", run.config.teacher_temp)
         self.step = checkpoint["step"]
 
     # --- the log
@@ -188,31 +209,12 @@ class RunDir:
         """Append a line to log.jsonl, whole or not at all; if the disk refuses, go on without."""
         if not self.run.here.is_main:
             return
-        rounded = {k: round(x, 6) if isinstance(x, float) else x for k, x in numbers.items()}
-        line = json.dumps(rounded).encode() + b"\n"
+        path = self.path("log.jsonl")
         try:
-            os.makedirs(self.run.config.out_dir, exist_ok=True)  # someone may have removed it
-            with open(self.path("log.jsonl"), "ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(line) < len(line):
-                    file.truncate(end)  # half a line would spoil the next one
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            log.append(path, numbers)
         except OSError as error:
-            path = self.path("log.jsonl")
             tqdm.write(f"WARNING: step {numbers['step']} is not in {path}: {error.strerror}")
 
     def records(self):
         """Return the lines of log.jsonl as dicts, on the main rank; [] if there is none."""
-        if not self.run.here.is_main or not os.path.exists(self.path("log.jsonl")):
-            return []
-        with open(self.path("log.jsonl")) as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
-
-    def cut_log(self):
-        """Drop the lines of steps that will be done again, all of them in a fresh run."""
-        path = self.path("log.jsonl")
-        if os.path.exists(path):
-            records = [r for r in self.records() if r["step"] <= self.step and self.step]
-            with open(path + ".partial", "w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-            os.replace(path + ".partial", path)
+        return log.records(self.path("log.jsonl")) if self.run.here.is_main else []

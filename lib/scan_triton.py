@@ -239,9 +239,16 @@ def scan_triton(u, delta, A, B, C, D, delta_bias, size=None):
 
     With size = (H, W), everything is in map order and the directions share u: u (B, H*W, C),
     delta (K, B, H*W, C), B, C (K, B, H*W, N) -> y (B, H*W, C), the sum over directions.
+    delta: or its factors low (K, B, L, R), weight (K, R, C), to be saved in place of the product.
     """
+    low, weight = delta if isinstance(delta, tuple) else (delta, None)
     with torch.cuda.device_of(u):  # Triton launches on the current device
-        return _TritonScan.apply(size, u, delta, A, B, C, D, delta_bias)
+        return _TritonScan.apply(size, u, low, weight, A, B, C, D, delta_bias)
+
+
+def _project(low, weight):
+    """Return low (K, B, L, R) @ weight (K, R, C), or low if there is no weight."""
+    return low if weight is None else (low.flatten(1, 2) @ weight).unflatten(1, low.shape[1:3])
 
 
 def _strided(x):
@@ -254,7 +261,8 @@ class _TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, size, *inputs):
-        u, delta, A, B, C, D, bias = inputs
+        u, low, weight, A, B, C, D, bias = inputs
+        delta = _project(low, weight)
         A, D, bias = (x.float().contiguous() for x in (A, D, bias))
         K, images, L, channels = delta.shape
         N = A.shape[2]
@@ -268,17 +276,19 @@ class _TritonScan(torch.autograd.Function):
         given = (_strided(u), _strided(delta), A, _strided(B), _strided(C), D, bias, _strided(y))
         for n in range(N):
             _scan_forward[ctx.grid]((*given, states[n]), ctx.sizes, n=n, **ctx.constants)
-        ctx.save_for_backward(u, delta, A, B, C, D, bias, *states)
+        ctx.save_for_backward(u, low, weight, A, B, C, D, bias, *states)
         return y if size is None else y.sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        u, delta, A, B, C, D, bias, *states = ctx.saved_tensors
+        u, low, weight, A, B, C, D, bias, *states = ctx.saved_tensors
+        delta = _project(low, weight)
         K, images, L, channels = delta.shape
         N = A.shape[2]
         new = functools.partial(torch.empty, device=u.device, dtype=torch.float32)
-        g, du, ddelta = (torch.empty_like(delta, dtype=torch.float32) for _ in range(3))
+        g, du = (torch.empty_like(delta, dtype=torch.float32) for _ in range(2))
+        ddelta = torch.empty_like(delta, dtype=delta.dtype if N == 1 else torch.float32)
         dA = new(K, images, channels, N)
         dD, dbias = (new(K, images, channels) for _ in range(2))
         dB, dC = (new(ctx.grid[0], K, images, N, L) for _ in range(2))
@@ -294,5 +304,8 @@ class _TritonScan(torch.autograd.Function):
         dC = dC.sum(0).transpose(2, 3).to(C.dtype)
         du = du.sum(0) if u.ndim == 3 else du
         du = du.to(u.dtype)
-        ddelta = ddelta.to(delta.dtype)
-        return None, du, ddelta, dA.sum(1), dB, dC, dD.sum(1), dbias.sum(1)
+        dlow, dweight = ddelta.to(delta.dtype), None
+        if weight is not None:
+            dweight = low.flatten(1, 2).mT @ dlow.flatten(1, 2)
+            dlow = _project(dlow, weight.mT)
+        return None, du, dlow, dweight, dA.sum(1), dB, dC, dD.sum(1), dbias.sum(1)

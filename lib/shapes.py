@@ -6,10 +6,10 @@ Everything is a function of (seed, split, index), so nothing is downloaded or st
 
 import math
 
-import torch
-
 from lib.images import memory_images
 from lib.rng import fork, uniforms
+
+import torch
 
 COUNTS = {"train": 8000, "val": 2000}
 UPRIGHT = 15  # degrees a shape may lean: so "up" has an answer, and rotation can be predicted

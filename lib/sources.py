@@ -5,11 +5,11 @@ from pathlib import Path
 
 from lib.config import UsageError, did_you_mean
 from lib.images import EXTENSIONS, file_images, memory_images, reason
+from lib.machine import wait_on_hosts
 from lib.shapes import shapes
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torchvision import datasets
 
 TORCHVISION = {  # name -> class, its splits that are 'train', those that are 'val': the test set
@@ -58,8 +58,7 @@ def _torchvision_images(name, split, root, download):
         if download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             for piece in splits[0] + splits[1]:
                 make(root, piece, download=True)
-        if dist.is_initialized():
-            dist.barrier()  # one rank of each machine downloads, the others wait for it
+        wait_on_hosts()  # one rank of each machine downloads, the others wait for it
         pieces = [make(root, piece) for piece in splits[split != "train"]]
     except ImportError as error:
         raise UsageError(f"data={name}: torchvision needs: pip install {error.name}") from None

@@ -4,11 +4,12 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 from lib import machine
 from lib.checkpoint import read_checkpoint
 from lib.config import UsageError
+
+import torch
+
 from model import BACKBONES, build_backbone
 
 HEADS = ("head.", "fc.", "classifier.head.")  # published classifiers, DINO's projection head

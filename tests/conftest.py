@@ -10,13 +10,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, os.cpu_count()))
 from lib import machine  # noqa: E402
+
+import forkserver  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count()))
 
 CPU = torch.device("cpu")
 # before the first operation: it limits processors that announce what they cannot do
@@ -50,9 +53,8 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "gpu: needs a CUDA device; skipped, loudly, where there is none"
     )
-    config.addinivalue_line(
-        "markers", "faults: what can spoil a run, injected; ten minutes on two cores"
-    )
+    config.addinivalue_line("markers", "faults: what can spoil a run, injected")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
 def pytest_collection_modifyitems(items):
@@ -96,50 +98,60 @@ def tiny_config(**options):
     return Config(**{**TINY, **options})
 
 
-def launcher(processes=1, *options):
-    """Return the command that starts a script: Python, or torchrun for more than one process."""
-    if processes == 1:
-        return [sys.executable]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        "--master_port=0",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-        *options,
-    ]
+def start(
+    *command,
+    processes=1,
+    restarts=0,
+    within=(),
+    fresh=False,
+    stderr=subprocess.PIPE,
+    **environment,
+):
+    """Start a script of the project in a session of its own -> what Popen returns, or its like.
 
-
-def run_script(*command, processes=1, check=True, timeout=300, **environment):
-    """Run a script of the project, under torchrun for more than one process.
-
-    Returns a CompletedProcess with its text output.
+    processes: more than one run under torchrun; restarts: how often it starts them again.
+    within: the command that starts the script, such as unshare.
+    It is forked (forkserver.py), unless it is to be fresh or has another environment.
     """
-    command = [*launcher(processes), *map(str, command)]
-    with subprocess.Popen(
+    script = [str(word) for word in command]
+    if processes > 1:
+        torchrun = [*forkserver.TORCHRUN, f"--nproc_per_node={processes}", "--master_port=0"]
+        rendezvous = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+        script = [*torchrun, *rendezvous, f"--max_restarts={restarts}", *script]
+    command = [*within, sys.executable, *script]
+    usual = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    if sys.platform == "linux" and not (within or fresh or environment):
+        return forkserver.Forked(command, usual, stderr)
+    return subprocess.Popen(
         command,
         cwd=ROOT,
+        env={**usual, **environment},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            # say where each process stands: faulthandler prints the stacks of one that is aborted
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            if children:
-                process.send_signal(signal.SIGSTOP)  # torchrun would end the other ranks
-            for pid in map(int, children or [process.pid]):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGABRT)
-                time.sleep(1)  # one after the other
-            process.kill()
-            out, err = process.communicate(timeout=30)
-            pytest.fail(f"no end after {timeout} s: {' '.join(command)}\n{out}\n{err}")
-    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+        start_new_session=True,
+    )
+
+
+def run_script(*command, check=True, timeout=300, **how):
+    """Run a script of the project, as start does -> a CompletedProcess with its text output."""
+    process = start(*command, **how)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # say where each process stands: faulthandler prints the stacks of one that is aborted
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if children:
+            process.send_signal(signal.SIGSTOP)  # torchrun would end the other ranks
+        for pid in map(int, children or [process.pid]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+            time.sleep(1)  # one after the other
+        process.kill()
+        out, err = process.communicate(timeout=30)
+        pytest.fail(f"no end after {timeout} s: {' '.join(process.args)}\n{out}\n{err}")
+    finally:
+        process.kill()  # if it still runs
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, ROOT, arguments, launcher, run_script, tiny_config
+from conftest import HERE, arguments, run_script, start, tiny_config
 from PIL import Image
 from test_train import assert_same, logged, state
 
@@ -26,7 +26,7 @@ import eval_linear
 import eval_seg
 import train
 from augment import center_crop
-from lib import data
+from lib import data, log
 from lib.config import UsageError
 from lib.run import Run
 from lib.rundir import RunDir
@@ -35,18 +35,8 @@ pytestmark = pytest.mark.faults
 RUN = dict(epochs=4, save_every=2, log_every=1, drop_path=0.2, eval_every=2, workers=1)  # 20 steps
 
 
-def launched(*command, processes=1, restarts=0, within=(), **popen):
-    start = launcher(processes, f"--max-restarts={restarts}")
-    return subprocess.Popen(
-        [*within, *start, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **popen,
-    )
+def launched(*command, **how):
+    return start(*command, stderr=subprocess.STDOUT, **how)
 
 
 def ended(process, timeout=240):
@@ -90,14 +80,14 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
 ):
     """SIGKILL at 20 random moments in all, to the process or one of two ranks: bit for bit."""
     expected, rng = whole(processes, precision), random.Random(processes)
-    done = 0
+    killed = []
     for _ in range(40):
         process = launched(
             "train.py",
             *arguments(data=folder, out_dir=tmp_path, precision=precision, **RUN),
             processes=processes,
         )
-        if done < kills:
+        if len(killed) < kills:
             before, begun = reached(tmp_path), time.time()
             while (
                 process.poll() is None
@@ -109,17 +99,19 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
             victims = [process.pid] if processes == 1 else ranks_of(process)
             if process.poll() is None and victims:
                 os.kill(rng.choice(victims), signal.SIGKILL)
-                done += 1
-                ended(process, 60)  # the other rank leaves too, within a minute
+                killed.append(process)
+                process.wait(60)  # the other rank leaves too, within a minute
                 if (tmp_path / "ckpt.pt").exists():
                     state(tmp_path)  # loads
                 continue
         code, errors = ended(process)
         assert code == 0, errors
-        if done == kills:
+        if len(killed) == kills:
             break
         shutil.rmtree(tmp_path)  # it was too fast: once more from the start
-    assert done == kills
+    assert len(killed) == kills
+    for process in killed:
+        ended(process, 60)  # so have the loading workers of the dead
     assert_the_same_run(expected, tmp_path)
 
 
@@ -138,16 +130,17 @@ def ranks_of(process):
 @pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 6)])
 def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, number):
     options = arguments(data=folder, out_dir=tmp_path, **RUN)
-    assert (
-        ended(launched("tests/inject.py", f"die:{call}:{number}", *options))[0] == -signal.SIGKILL
-    )
+    killed = launched("tests/inject.py", f"die:{call}:{number}", *options)
+    assert killed.wait(60) == -signal.SIGKILL
     step = state(tmp_path)["step"]  # there is a whole one
     assert 2 <= step < 12
     assert ended(launched("train.py", *options))[0] == 0
     assert_the_same_run(whole(), tmp_path)
+    ended(killed, 60)  # its loading worker has left, too
 
 
 def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_path, whole):
+    """With nothing forked: torchrun itself and fresh ranks, which end as the forked ones."""
     begun = time.time()
     code, errors = ended(
         launched(
@@ -156,6 +149,7 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_pat
             *arguments(data=folder, out_dir=tmp_path, **RUN),
             processes=2,
             restarts=1,
+            fresh=True,
         )
     )
     assert code == 0, errors
@@ -301,8 +295,7 @@ def test_a_line_cut_short_by_a_full_disk_is_taken_back(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     folder.log(step=3, loss=2.0)
     folder.log(step=4, loss=2.0)
-    folder.step = 3
-    folder.cut_log()
+    log.cut(str(path), 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
         1,
         3,

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import textwrap
 
+from lib import machine, processor
+from lib.config import UsageError
+
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import CPU, HERE, ROOT, run_script
-
-from lib import machine, processor
-from lib.config import UsageError
 
 START = f"""
 import os, signal, sys
@@ -130,6 +130,7 @@ def test_one_process_needs_no_group():
     assert machine.mean_over_ranks(x) is x
     assert machine.broadcast("object") == "object"
     machine.wait_for_ranks()
+    machine.wait_on_hosts()
     assert HERE.is_main
     assert not HERE._replace(rank=1).is_main
 
@@ -148,6 +149,54 @@ machine.wait_for_ranks()
 """
     done = run_ranks(body, 3, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_hosts_wait_longer_than_their_devices_would(tmp_path):
+    """As for a download by one rank: the default group has given up by then, the hosts' has not."""
+    body = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+new_group, timeouts = dist.new_group, []
+dist.new_group = lambda **o: timeouts.append(o["timeout"]) or new_group(**o)
+here = machine.join("cpu", "fp32")
+assert timeouts == [timedelta(days=1)]
+machine.wait_on_hosts()
+dist.barrier()
+_set_pg_timeout(timedelta(seconds=1))
+start = time.perf_counter()
+time.sleep(3 * here.rank)
+machine.wait_on_hosts()
+assert time.perf_counter() - start > 2.5
+time.sleep(3 * here.rank)
+if here.rank == 0:
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        print("the other group gave up", flush=True)
+os._exit(0)
+"""
+    done = run_ranks(body, 2, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the other group gave up\n"
+
+
+def test_on_gpus_the_group_knows_its_device(monkeypatch):
+    """And the hosts' group is made at once, by all ranks at the same place."""
+    gpu, calls = torch.device("cuda", 1), []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(machine, "_hosts", None)
+    monkeypatch.setattr(machine, "choose_device", lambda name: gpu)
+    monkeypatch.setattr(machine, "choose_precision", lambda *_: ("bf16", None))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([("the store", 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **o: calls.append((a, o)))
+    monkeypatch.setattr(dist, "new_group", lambda **o: calls.append(o["backend"]) or "hosts")
+    machine.join("cuda", "bf16")
+    group = dict(store="the store", rank=1, world_size=2, device_id=gpu)
+    assert calls == [gpu, (("nccl",), group), "gloo"]
+    assert machine._hosts == "hosts"
 
 
 def test_restarted_ranks_do_not_find_the_dead_ones_addresses(tmp_path):

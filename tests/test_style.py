@@ -22,23 +22,23 @@ EVAL = {"model", "augment", "vmamba", LIBRARY}  # vmamba: for set_backend
 ROOMS = {
     "losses.py": (120, set()),
     "model.py": (310, {"vmamba", LIBRARY}),
-    "vmamba.py": (380, {LIBRARY}),
+    "vmamba.py": (393, {LIBRARY}),
     "augment.py": (330, set()),
     "train.py": (200, {"losses", "model", "vmamba", "augment", LIBRARY}),
     "eval_linear.py": (200, EVAL),
     "eval_downstream.py": (300, EVAL),
     "eval_seg.py": (650, EVAL),
     "hubconf.py": (30, {LIBRARY}),
-    "lib/__init__.py": (5, set()),
+    "lib/__init__.py": (12, set()),
     "lib/config.py": (230, set()),
     "lib/rng.py": (60, set()),
-    "lib/data.py": (380, {"augment", "lib.shapes", "lib.images"}),
+    "lib/data.py": (380, {"augment", "lib.images", "lib.processor", "lib.resident", "lib.sources"}),
     "lib/shapes.py": (150, {"lib.images"}),
-    "lib/fused.py": (110, {"losses"}),
-    "lib/scan_triton.py": (280, set()),
+    "lib/fused.py": (140, {"losses"}),
+    "lib/scan_triton.py": (283, set()),
     "lib/weights.py": (100, {"model", "lib.machine", "lib.checkpoint"}),
     "lib/machine.py": (150, {"lib.processor"}),
-    "lib/rundir.py": (200, {"lib.machine", "lib.checkpoint"}),
+    "lib/rundir.py": (200, {"lib.machine", "lib.checkpoint", "lib.log"}),
     "lib/monitor.py": (
         220,
         {
@@ -53,15 +53,42 @@ ROOMS = {
     ),
     "lib/features.py": (
         330,
-        {"augment", "model", "vmamba", "lib.weights", "lib.data", "lib.machine", "lib.results"},
+        {
+            "augment",
+            "model",
+            "vmamba",
+            "lib.data",
+            "lib.machine",
+            "lib.processor",
+            "lib.results",
+            "lib.weights",
+        },
     ),
     "lib/results.py": (130, {"lib.machine", "lib.checkpoint"}),
-    # of data.py: file -> image
+    # of data.py: file -> image; data sets, folders, lists; small images on the device
     "lib/images.py": (165, set()),
-    # of machine.py: device, precision
-    "lib/processor.py": (80, set()),
+    "lib/sources.py": (180, {"lib.images", "lib.machine", "lib.shapes"}),
+    "lib/resident.py": (170, {"augment", "lib.images", "lib.processor"}),
+    # of machine.py: device, precision, a GPU's kernels and streams
+    "lib/processor.py": (120, set()),
     # of train.py: what a step works on
-    "lib/run.py": (255, {"augment", "lib.data", "lib.machine", "lib.weights"}),
+    "lib/run.py": (
+        250,
+        {
+            "augment",
+            "lib.batchnorm",
+            "lib.compiled",
+            "lib.data",
+            "lib.fused",
+            "lib.machine",
+            "lib.processor",
+            "lib.weights",
+        },
+    ),
+    "lib/batchnorm.py": (105, set()),
+    "lib/compiled.py": (85, {"lib.machine"}),
+    # of rundir.py: log.jsonl
+    "lib/log.py": (40, set()),
     # of monitor.py: collapse metrics
     "lib/collapse.py": (100, {"losses", "lib.features"}),
     # of features.py: linear classifiers

@@ -269,7 +269,9 @@ def step_and_data_row(device):
             train.train_step(run, 0, batch)
         return batch[:3]
 
-    first = lambda: next(iter(data.train_loader(images, run.config, 0, 1, run.here)))[:3]  # noqa: E731
+    def first():
+        return next(iter(data.train_loader(images, run.config, 0, 1, run.here)))[:3]
+
     return Row(ours, reference, len(batch.seeds) * steps, rtol=0, values=(first, lambda: batch[:3]))
 
 
@@ -663,8 +665,6 @@ def prepare(device):
     """Do to this process what training does to its own."""
     if device.type == "cpu":
         processor.keep_freed_memory()
-    elif here_on(device).precision == "bf16":
-        torch.set_float32_matmul_precision("high")
 
 
 def open_side(name, side, device, folder):
@@ -674,6 +674,10 @@ def open_side(name, side, device, folder):
     if side == "ours":
         prepare(device)
     row = rows(device, folder)[name]()
+    here_on(device, "auto" if side == "ours" else "fp32")  # each side's build has set its own
+    if side == "reference":  # as torch has it by default, and so the published scripts
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.enable_cudnn_sdp(True)
     if row.one_core:
         torch.set_num_threads(1)
     served = partial(timed, getattr(row, side), device)

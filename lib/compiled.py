@@ -1,0 +1,83 @@
+"""What torch.compile compiles: a backbone's blocks, where this machine can. Says so in a line."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+
+from lib import machine
+from lib.config import UsageError
+
+import torch
+
+
+def compile_blocks(networks, wanted, device):
+    """Compile the backbones' blocks one by one -> whether, and a line for the first screen.
+
+    wanted: True, False or None: only a ViT's on a GPU, if a trial kernel compiles on every rank.
+    A CPU gains little and compiles for minutes; a ResNet would be one large graph.
+    UsageError if it is True and the trial fails.
+    """
+    is_vit = hasattr(networks[0].backbone, "tokens")
+    if wanted is False or (wanted is None and not (device.type == "cuda" and is_vit)):
+        return False, ""
+    cause = trial_on_all_ranks(device) if device.type == "cuda" else ""
+    if cause and wanted:
+        raise UsageError(f"compile=True: {cause}, or omit --compile")
+    if cause:
+        return False, f"blocks run eagerly: {cause}"
+    if wanted is None:
+        fall_back_to_eager(True)
+    torch._dynamo.config.recompile_limit = 64  # a ViT's blocks share six graphs
+    # In DistributedDataParallel, dynamo splits each graph where 1 MB of gradients is ready, then at
+    # each 25 MB, so that ranks can exchange those while the rest computes. A block is a graph of
+    # its own: its gradients are exchanged after it as it is, and the cut would only undo fusions.
+    torch._dynamo.config.optimize_ddp = False
+    for net in networks:
+        getattr(net.backbone, "keep_scans_out_of_graphs", lambda: None)()
+        for block in getattr(net.backbone, "blocks", [net.backbone]):
+            block.compile(dynamic=False)
+    return True, "blocks compiled"
+
+
+def fall_back_to_eager(wanted):
+    """Fall back to eager when a block fails to compile: what nobody asked for ends no run.
+
+    torch warns of each such block on the screen.
+    """
+    torch._dynamo.config.suppress_errors = wanted
+    torch._functorch.config.force_non_lazy_backward_lowering = wanted  # so the backward fails now
+
+
+def trial_on_all_ranks(device):
+    """Return why a rank cannot compile for its device and what to do, in one line; "": all can."""
+    cause = why_not(device)
+    if machine.rank_and_world()[1] > 1:
+        failures = machine.mean_over_ranks(torch.tensor(float(cause != ""), device=device))
+        if failures > 0 and not cause:
+            return "another rank cannot compile; give all machines the same software"
+    return cause
+
+
+@functools.cache
+def why_not(device):
+    """Compile a trial kernel for the device and launch it -> "" or why that fails and what to do.
+
+    A kernel needs Triton, and a C compiler and Python.h for the code that launches it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "no package triton; pip install triton"
+    try:
+        fall_back_to_eager(False)
+        result = torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return "" if result.sum() == 16 else "a trial kernel computes nonsense; update the driver"
+    except Exception as error:
+        compilers = [os.environ.get("CC"), "gcc", "clang"]
+        if not any(shutil.which(name) for name in compilers if name):
+            return "no C compiler; install gcc"
+        headers = sysconfig.get_path("include", "posix_prefix")  # where Triton looks
+        if not os.path.exists(os.path.join(headers, "Python.h")):
+            return "no Python.h; install python3-dev"
+        why = " ".join(str(error).split())[:200]
+        return f"{type(error).__name__}: {why}; TORCH_LOGS=+inductor shows more"

@@ -1,0 +1,34 @@
+"""log.jsonl: a line for some numbers, whole or not at all."""
+
+import errno
+import json
+import os
+
+
+def append(path, numbers):
+    """Append a line, whole or not at all; OSError if the disk refuses."""
+    rounded = {k: round(x, 6) if isinstance(x, float) else x for k, x in numbers.items()}
+    line = json.dumps(rounded).encode() + b"\n"
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # someone may have removed it
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(end)  # half a line would spoil the next one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def records(path):
+    """Return the lines as dicts; [] if there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def cut(path, step):
+    """Drop the lines of steps after `step`, which will be done again; at step 0 all of them."""
+    if os.path.exists(path):
+        lines = [r for r in records(path) if r["step"] <= step and step]
+        with open(path + ".partial", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(path + ".partial", path)

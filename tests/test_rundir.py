@@ -1,0 +1,390 @@
+"""What a run writes beside its steps: checkpoints by a thread, log lines one window late.
+
+Both are for GPUs alone; here a CPU is forced to do so.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+from lib import data, machine, monitor, rundir
+from lib.config import UsageError
+from lib.rundir import RunDir
+
+import pytest
+import torch
+from conftest import HERE, arguments, run_script, start, tiny_config
+from test_train import assert_same, batch_of, logged, state
+
+import train
+
+FORCED = Path(__file__).parent / "as_on_gpu.py"
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return data.open_images(str(folder), "train")
+
+
+@pytest.fixture
+def steps(images, tmp_path):
+    """-> (run, its folder, do): do(n) makes the n-th training step; the folder has a thread."""
+    run = train.make_run(tiny_config(out_dir=str(tmp_path), warmup_epochs=0), 5, HERE)
+    folder = RunDir(run, 80)
+    folder.in_thread = True
+    yield run, folder, lambda n: train.train_step(run, n, batch_of(images, run.config, n))
+    folder.writer.shutdown()
+
+
+# --- when
+
+
+def test_when_a_checkpoint_is_due(tmp_path):
+    def due(**options):
+        run = train.make_run(tiny_config(epochs=5), 4, HERE)
+        for name, value in options.items():
+            setattr(run.config, name, value)
+        return [done for done in range(1, 21) if RunDir(run, 80).is_due(done) is True]
+
+    assert due() == [4, 8, 12, 16, 20]
+    assert due(save_every_epochs=2) == [8, 16, 20]  # the last step always has one
+    assert due(save_every_epochs=100) == [20]
+    assert due(save_every_epochs=2, save_every=6) == [6, 8, 12, 16, 18, 20]
+
+
+# --- the thread
+
+
+class Gate:
+    """Holds save_atomically back until it is opened; notes what begins and ends."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        self.opened = threading.Event()
+        for name in ("save_atomically", "to_host"):
+            monkeypatch.setattr(rundir, name, self.noting(name, getattr(rundir, name)))
+
+    def noting(self, name, function):
+        def call(obj, *more, **named):
+            what = f"{name} {os.path.basename(more[0])}" if more else name
+            self.seen.append(what)
+            assert name == "to_host" or self.opened.wait(60)
+            result = function(obj, *more, **named)
+            self.seen.append(f"end of {what}")
+            return result
+
+        return call
+
+
+def test_a_thread_writes_the_state_of_its_step_while_training_goes_on(steps, tmp_path, monkeypatch):
+    run, folder, do = steps
+    do(0)
+    RunDir(run, 80).save(1)  # as on a CPU
+    at_once = state(tmp_path)
+    backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    for name in ("ckpt.pt", "backbone.pt"):
+        (tmp_path / name).unlink()
+    gate = Gate(monkeypatch)
+    folder.save(1)
+    do(1)
+    assert not (tmp_path / "ckpt.pt").exists()
+    gate.opened.set()
+    folder.wait()
+    assert_same(at_once, state(tmp_path))
+    assert_same(backbone, torch.load(tmp_path / "backbone.pt", weights_only=True))
+    now = run.network.state_dict()["head_ir.mlp.0.weight"]
+    assert not torch.equal(at_once["student"]["head_ir.mlp.0.weight"], now)
+
+
+def tensors_of(obj):
+    if torch.is_tensor(obj):
+        yield obj
+    elif isinstance(obj, (dict, list, tuple)):
+        for value in obj.values() if isinstance(obj, dict) else obj:
+            yield from tensors_of(value)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_copy_shares_no_memory_with_the_run(steps, monkeypatch, optimizer):
+    _, folder, _ = steps
+    folder.run.optimizer = train.make_run(tiny_config(optimizer=optimizer), 5, HERE).optimizer
+    given = []
+    monkeypatch.setattr(folder, "_write", lambda done, files, *more: given.append(files))
+    folder.save(1)
+    folder.wait()
+    folder.in_thread = False
+    folder.save(1)
+    copied, own = ({x.data_ptr() for x in tensors_of(files)} for files in given)
+    assert len(own) > 100 and len(copied) > 100 and not own & copied
+    assert len(list(tensors_of(given[0]))) == len(list(tensors_of(given[1])))
+
+
+def test_a_checkpoint_waits_for_the_one_before(steps, tmp_path, monkeypatch):
+    _, folder, _ = steps
+    gate = Gate(monkeypatch)
+    threading.Timer(0.3, gate.opened.set).start()
+    folder.save(1)
+    folder.save(2)
+    first = gate.seen[: gate.seen.index("to_host", 1)]
+    files = ["save_atomically ckpt.pt", "save_atomically backbone.pt"]
+    files = [what for file in files for what in (file, f"end of {file}")]
+    assert set(first) == {"to_host", "end of to_host", *files} and len(first) == 6, gate.seen
+    folder.save(3, is_last=True)
+    assert state(tmp_path)["step"] == 3  # on the disk when it returns
+    assert gate.seen[-4:] == files and not folder.writing
+
+
+def test_a_full_disk_is_told_and_costs_nothing_but_the_checkpoint(steps, tmp_path, capsys):
+    run, folder, _ = steps
+    folder.save_if_due(5)
+    folder.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        folder.save(6)
+        folder.wait()
+        printed = capsys.readouterr().out
+        assert "no checkpoint after step 6" in printed
+        assert "File too large; the last good one stands" in printed
+        assert state(tmp_path)["step"] == 5
+        for done, signal_number in ((7, signal.SIGTERM), (run.total, 0)):
+            with pytest.raises(UsageError, match=f"after step {done}: .*make room"):
+                folder.save_if_due(done, signal_number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder.save_if_due(run.total)
+    assert state(tmp_path)["step"] == run.total
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_another_error_of_the_thread_ends_the_run(steps, monkeypatch):
+    _, folder, _ = steps
+
+    def fail(*_):
+        raise MemoryError("no memory to write")
+
+    for save in (lambda: folder.save(2), lambda: folder.save(2, is_last=True), folder.wait):
+        with monkeypatch.context() as patch:
+            patch.setattr(rundir, "save_atomically", fail)
+            folder.save(1)
+            with pytest.raises(MemoryError, match="no memory to write"):
+                save()
+
+
+def test_weights_that_are_not_finite_leave_the_one_in_hand_alone(steps, tmp_path, monkeypatch):
+    run, folder, _ = steps
+    gate = Gate(monkeypatch)
+    folder.save(3)
+    with torch.no_grad():
+        run.network.head_ir.mlp[0].weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match="not finite at step 4"):
+        folder.save(4)
+    gate.opened.set()
+    folder.wait()
+    assert state(tmp_path)["step"] == 3
+
+
+# --- late lines
+
+
+class Log:
+    """Does training without training: made-up losses and a clock that only the steps move."""
+
+    def __init__(self, images, folder, monkeypatch, is_late, **options):
+        config = tiny_config(out_dir=str(folder), log_every=3, epochs=4)
+        for name, value in options.items():
+            setattr(config, name, value)
+        self.now = 0.0
+        monkeypatch.setattr(monitor.time, "perf_counter", lambda: self.now)
+        self.run = train.make_run(config, 5, HERE)
+        self.monitor = monitor.Monitor(self.run, images, None)
+        self.monitor.folder = RunDir(self.run, 80)
+        self.monitor.bar = monitor.tqdm(disable=True)
+        self.monitor.is_late = is_late
+        self.monitor.evaluate = self.evaluate
+
+    def step(self, done, signal=0):
+        self.now += done**2  # each window has a speed of its own
+        self.monitor.waited += 0.1 * done
+        self.run.optimizer.param_groups[0]["lr"] = 0.1 / done
+        loss = float("nan") if done == 7 else 1 / (done + 2)
+        self.monitor.step(done, {"loss": torch.tensor(loss), "KL": torch.tensor(done / 7)}, signal)
+        if self.monitor.folder.is_due(done) or signal:
+            self.now += 1000
+        self.monitor.epoch_end(done)
+
+    def evaluate(self, is_last):
+        self.now += 500
+        return {"std_full": self.now}
+
+    def lines(self):
+        return self.monitor.folder.records()
+
+
+OPTIONS = {
+    "each epoch": {},
+    "and every 7 steps": dict(save_every=7),
+    "every 3 epochs, evaluated each": dict(save_every_epochs=3, eval_every=1),
+    "every 3 epochs": dict(save_every_epochs=3, log_every=2),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("told_at", [0, 12])
+def test_late_lines_are_the_same_lines(images, tmp_path, monkeypatch, options, told_at):
+    logs = []
+    for is_late in (False, True):
+        log = Log(images, tmp_path / str(is_late), monkeypatch, is_late, **options)
+        for done in range(1, told_at or 21):
+            log.step(done)
+        if told_at:
+            log.step(told_at, signal.SIGTERM)
+        logs.append(log)
+    once, late = (log.lines() for log in logs)
+    assert once == late and [line["step"] for line in late][-1] == (told_at or 20)
+    assert not logs[1].monitor.unwritten and logs[0].monitor.numbers == logs[1].monitor.numbers
+    before = 0
+    for line in once:
+        if "loss" not in line:
+            continue
+        steps = range(before + 1, line["step"] + 1)
+        seconds = sum(n**2 for n in steps)  # a checkpoint or an evaluation does not count
+        assert line["img_per_s"] == round(len(steps) * 16 / seconds, 6)
+        assert line["data_wait"] == round(sum(steps) * 0.1 / seconds, 6)
+        assert line["KL"] == pytest.approx(sum(steps) / len(steps) / 7, abs=1e-6)
+        assert line["lr"] == round(0.1 / line["step"], 6) and line["epoch"] == line["step"] / 5
+        before = line["step"]
+
+
+def test_a_late_line_waits_for_the_next_or_for_a_stop(images, tmp_path, monkeypatch):
+    waits = []
+    begin = monitor.start_copy
+
+    def start_copy(x):
+        host, _ = begin(x)
+        of_step = done
+
+        def wait():
+            if of_step == 10 and (10, 10) not in waits:
+                log.now += 50  # the device has yet to do some of the work
+            waits.append((of_step, done))
+
+        return host, wait
+
+    monkeypatch.setattr(monitor, "start_copy", start_copy)
+    log = Log(images, tmp_path, monkeypatch, True, save_every_epochs=2, eval_every=0)
+    seen = {}
+    for done in range(1, 16):
+        log.step(done)
+        seen[done] = [line["step"] for line in log.lines()]
+    # lines are due at 1, 4, 7, 10 (a checkpoint) and 13
+    assert [seen[n] for n in (3, 4, 6, 7, 9)] == [[], [1], [1], [1, 4], [1, 4]]
+    assert [seen[n] for n in (10, 12, 13, 15)] == [[1, 4, 7, 10]] * 4
+    assert set(waits) == {(1, 4), (4, 7), (7, 10), (10, 10)}  # nothing waits in between
+    seconds = 8**2 + 9**2 + 10**2 + 50
+    assert log.lines()[-1]["img_per_s"] == round(3 * 16 / seconds, 6)
+
+
+def test_too_many_skipped_steps_are_seen_a_window_late(images, tmp_path, monkeypatch):
+    for is_late, noticed_at in ((False, 4), (True, 7)):  # lines are due at 1, 4, 7
+        log = Log(images, tmp_path, monkeypatch, is_late, save_every_epochs=4)
+        for done in range(1, noticed_at):
+            log.run.skipped.fill_(3 if done == 4 else 0)
+            log.step(done)
+        log.run.skipped.fill_(0 if is_late else 3)
+        with pytest.raises(UsageError, match="steps 1 to 3: no gradient was finite"):
+            log.step(noticed_at)
+
+
+# --- a whole run, as on a GPU, and what may happen to it
+
+
+RUN = dict(epochs=4, save_every=2, log_every=3, drop_path=0.2, eval_every=2, workers=1)  # 20 steps
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """-> out_dir of the run on a CPU that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    run_script("train.py", *arguments(data=folder, out_dir=out, **RUN))
+    return out
+
+
+def as_on_gpu(*command, code=0, **how):
+    process = start(FORCED, *command, stderr=subprocess.STDOUT, **how)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == code, printed
+    return printed
+
+
+def same_lines(a, b):
+    """Logs are equal but for speeds."""
+    one, other = (
+        [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        for out in (a, b)
+    )
+    for line in one + other:
+        line.pop("img_per_s", 0)
+        line.pop("data_wait", 0)
+    assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "fault, code", [("die:replace:6", -9), ("die:fsync:7", -9), ("term:7", 143)]
+)
+def test_stopped_while_a_thread_writes_it_is_the_same_run(folder, tmp_path, whole, fault, code):
+    options = arguments(data=folder, out_dir=tmp_path, **RUN)
+    printed = as_on_gpu("tests/inject.py", fault, *options, code=code)
+    step = state(tmp_path)["step"]  # there is a whole one
+    if code == 143:
+        assert step == 8 and "stopped by SIGTERM after step 8" in printed
+    as_on_gpu("train.py", *options)
+    assert_same(state(whole), state(tmp_path))
+    same_lines(whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_an_end_by_mistake_waits_for_the_file_in_hand(folder, tmp_path):
+    """Two ranks, the way out is os._exit; the disk takes a second for each file."""
+    options = arguments(data=folder, out_dir=tmp_path, **{**RUN, "log_every": 1})
+    printed = as_on_gpu("--slowly", "tests/inject.py", "nan:6:100:1", *options, processes=2, code=1)
+    assert "steps 6 to 8: no gradient was finite" in printed
+    assert state(tmp_path)["step"] == 8 and not list(tmp_path.glob("*.partial"))
+    assert max(logged(tmp_path)) == 8
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_neither_lines_nor_files_make_it_wait(images, tmp_path, monkeypatch):
+    config = tiny_config(device="cuda", out_dir=str(tmp_path), log_every=2, epochs=4, compile=False)
+    run = train.make_run(config, 5, machine.join("cuda", "fp32"))
+    watched = monitor.Monitor(run, images, None)
+    watched.folder = folder = RunDir(run, 80)
+    watched.bar = monitor.tqdm(disable=True)
+    assert watched.is_late and folder.in_thread
+    for done in range(1, 5):
+        values = torch.full((), float(done), device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            watched.step(done, {"loss": values}, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    watched.step(5, {"loss": torch.full((), 5.0, device="cuda")}, 0)
+    assert {line["step"]: line["loss"] for line in folder.records()} == {1: 1.0, 3: 2.5, 5: 4.5}
+    expected = {name: x.cpu().clone() for name, x in run.network.state_dict().items()}
+    folder.save(5)
+    with torch.no_grad():
+        for p in run.network.parameters():
+            p.add_(1)
+    folder.wait()
+    assert_same(expected, state(tmp_path)["student"])
