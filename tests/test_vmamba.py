@@ -1,6 +1,5 @@
 """The fast scans against the loop, SS2D against VMamba's formula, the backbone's facts."""
 
-import itertools
 import math
 import os
 import subprocess
@@ -176,25 +175,30 @@ def run_python(code, **environment):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def scan_row_by_row(self, given):
-    """Triton's interpreter scans element by element; this is its scan, all elements of a row at once.
+def scan_by_doubling(self, given):
+    """Scan as a GPU does, in log2(steps) rounds; Triton's interpreter goes element by element.
 
-    given: tensors of (steps, channels); the kernel's own function combines two rows.
+    given: tensors of (steps, channels). In each round the kernel's own function combines each step
+    with the one that lies `reach` before it.
     """
     assert self.axis == 0
-    columns = [zip(x.handle.data, itertools.repeat(x.dtype)) for x in given]
-    rows = [[self.to_tensor(*x) for x in row] for row in zip(*columns)]
-    done = itertools.accumulate(rows, lambda before, row: self.combine_fn.fn(*before, *row))
-    columns = zip(*done)
-    stacked = [np.stack([x.handle.data for x in column]) for column in columns]
-    return [self.to_tensor(data, x.dtype) for data, x in zip(stacked, given)]
+    dtypes = [x.dtype for x in given]
+    arrays = [x.handle.data for x in given]
+    reach = 1
+    while reach < len(arrays[0]):
+        before = [self.to_tensor(x[:-reach], dtype) for x, dtype in zip(arrays, dtypes)]
+        after = [self.to_tensor(x[reach:], dtype) for x, dtype in zip(arrays, dtypes)]
+        both = self.combine_fn.fn(*before, *after)
+        arrays = [np.concatenate([x[:reach], y.handle.data]) for x, y in zip(arrays, both)]
+        reach *= 2
+    return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes)]
 
 
 def interpret_triton():
     """Run the kernels in the interpreter: small tiles, then the tile that is shipped."""
     from triton.runtime import interpreter
 
-    interpreter.ScanOps.generic_scan = scan_row_by_row
+    interpreter.ScanOps.generic_scan = scan_by_doubling
     kernels = lib.scan_triton
     shipped = kernels.CHUNK, kernels.BLOCK_C
     assert shipped == (64, 32)

@@ -649,7 +649,7 @@ SIDES = ("reference", "ours")
 
 
 def table_line(row):
-    """Return a row of bench.json as a line of the table, for the screen and the README."""
+    """Return a row of bench.json as a line of the table, for the screen and docs/performance.md."""
     cells = [f"{row['row']:49}"]
     for side in SIDES:
         low, high = row[f"{side}_quartiles"]
