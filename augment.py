@@ -4,29 +4,32 @@
    images lib/resident.py makes the same crops on the device, a batch at a time.
 2. The device, a batch at a time: `augment` = `parameters` (what happens to each sample) and
    `transform`: flip, rotation and elastic in one sampling; color jitter; gray; blur; solarize.
+   A CPU skips the samples that an operation does not change. A GPU computes all and chooses by
+   masks: no branch and no shape depends on a random number, so that one graph can be compiled.
 
 Operations and their order are torchvision's; tests/test_augment.py compares them. Differences:
 rotation is bilinear (not nearest), nothing is rounded to uint8 in between, the blur is a Gaussian
 of 13 taps (DINO's is Pillow's approximation). Random numbers are a function of a sample's seed.
-To add an operation, add a field to Recipe, a line to `parameters` and a line to `transform`.
+To add an operation, add a field to Recipe and a line to `parameters`, `_in_use` and `transform`.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
+
+from lib.packed import copy_packed, run_compiled
+from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize
+from lib.rng import fork, sample_seeds, uniforms
 
 import torch
 import torch.nn.functional as F
 
-from lib.rng import fork, noise, sample_seeds, to_device, uniforms
-
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
-ELASTIC_SIGMA = 5.0  # pixels, at any crop size
-ELASTIC_RADIUS = 20  # so 41 taps, as torchvision
 BLUR_SIGMA = (0.1, 2.0)  # pixels
-BLUR_RADIUS = 6
 # Pixels that a CPU transforms at a time: they and their temporaries fit its cache. 1.7x faster.
 CPU_CHUNK = 1 << 17
+BY_ROWS = {"cpu"}  # devices that skip the samples that an operation does not change
 
 
 class Recipe(NamedTuple):
@@ -161,23 +164,43 @@ def augment_views(global_crops, local_crops, seeds, recipe):
     global_crops uint8 (B, 2, 3, G, G), local_crops uint8 (B, L, 3, l, l), seeds (B,) of the samples
     -> [(2, B, 3, G, G), (L, B, 3, l, l)] normalized float32, without the second if L is 0.
     """
-    first = augment(global_crops[:, 0], recipe, fork(seeds, "global_view", index=0), GLOBAL_1)
-    second = augment(global_crops[:, 1], recipe, fork(seeds, "global_view", index=1), GLOBAL_2)
-    views = [torch.stack([first, second])]
     B, L = local_crops.shape[:2]
-    if L:
-        local_seeds = fork(seeds, "local_view", index=torch.arange(L)[:, None])  # (L, B)
-        crops = local_crops.transpose(0, 1).flatten(0, 1)
-        local = augment(crops, recipe, local_seeds.flatten(), LOCAL)
-        views.append(local.unflatten(0, (L, B)))
-    return views
+    index = torch.arange(2 + L)[:, None]  # of the view
+    of_global = fork(seeds, "global_view", index=index[:2])  # (2, B)
+    of_local = fork(seeds, "local_view", index=index[:L])  # (L, B)
+    kinds = index.clamp(max=LOCAL).expand(-1, B)  # GLOBAL_1, GLOBAL_2, LOCAL, LOCAL, ...
+    params = parameters(recipe, torch.cat([of_global, of_local]).flatten(), kinds.flatten())
+    large = global_crops.transpose(0, 1)
+    small = [local_crops.transpose(0, 1).flatten(0, 1)] if L else []
+    if large.device.type in BY_ROWS:
+        first, second, *views = _each(_in_chunks, [*large, *small], params)
+        views = [torch.cat([first, second]), *views]
+    else:
+        compiled = partial(run_compiled, "views", transform)
+        views = _on_gpu([large.flatten(0, 1), *small], params, recipe, compiled)
+    return [view.unflatten(0, (-1, B)) for view in views]
 
 
 def augment(images, recipe, seeds, kind=GLOBAL_1):
     """Apply a recipe: images uint8 (N, 3, S, S), seeds (N,) on the CPU -> normalized float32."""
     params = parameters(recipe, seeds, kind)
-    if images.is_cuda:
-        return transform(images, params)
+    if images.device.type in BY_ROWS:
+        return _in_chunks(images, params)
+    return _on_gpu([images], params, recipe)[0]  # not compiled: evaluations have many recipes
+
+
+def _each(run, parts, params):
+    """Return run(images, their rows of params) for each of parts, images (n, 3, S, S)."""
+    rows = {name: p.split([len(images) for images in parts]) for name, p in params.items()}
+    return [run(x, {name: p[i] for name, p in rows.items()}) for i, x in enumerate(parts)]
+
+
+def _on_gpu(parts, params, recipe, run=None):
+    params = copy_packed(parts[0].device, _in_use(params, recipe))
+    return _each(partial(run or transform, masked=True), parts, params)
+
+
+def _in_chunks(images, params):
     chunk = max(1, CPU_CHUNK // images.shape[2:].numel())
     out = torch.empty(images.shape)
     for i in range(0, len(images), chunk):
@@ -187,9 +210,9 @@ def augment(images, recipe, seeds, kind=GLOBAL_1):
 
 
 def parameters(recipe, seeds, kind=GLOBAL_1):
-    """Choose what happens to each sample: seeds (N,) -> dict of tensors with N rows.
+    """Choose what happens to each sample: seeds (N,) -> dict of tensors with N rows, on the CPU.
 
-    They stay on the CPU, so that a branch on them does not wait for the GPU.
+    kind: of view, one for all samples or (N,).
     """
     u = uniforms(fork(seeds, "augment"), 16)  # a new operation: 17, and take u[:, 16]
     jitter = u[:, 3] < recipe.jitter
@@ -205,40 +228,63 @@ def parameters(recipe, seeds, kind=GLOBAL_1):
         hue=jitter * (2 * u[:, 7] - 1) * strength[3],  # turns of the color circle, 0: off
         order=u[:, 8:12].argsort(dim=1),  # (N, 4): of the jitter's four operations
         gray=u[:, 12] < recipe.gray,
-        blur=(u[:, 13] < recipe.blur[kind]) * sigma,  # sigma in pixels, 0: off
-        solarize=u[:, 15] < recipe.solarize[kind],
+        blur=(u[:, 13] < torch.tensor(recipe.blur)[kind]) * sigma,  # sigma in pixels, 0: off
+        solarize=u[:, 15] < torch.tensor(recipe.solarize)[kind],
     )
 
 
+def _in_use(params, recipe):
+    """Leave out the parameters of what the recipe never does."""
+    moves = recipe.rotate or recipe.elastic
+    used = dict(flip=recipe.flip or moves, angle=moves, elastic=recipe.elastic)
+    used |= dict.fromkeys(("factors", "hue", "order"), recipe.jitter)
+    used |= dict(gray=recipe.gray, blur=any(recipe.blur), solarize=any(recipe.solarize))
+    used["elastic_seeds"] = recipe.elastic
+    return {name: p for name, p in params.items() if used[name]}
+
+
 @torch.no_grad()
-def transform(images, params):
-    """Apply what `parameters` chose: images uint8 (N, 3, S, S) -> normalized float32."""
+def transform(images, params, masked=False):
+    """Apply what `parameters` chose: images uint8 (N, 3, S, S) -> normalized float32.
+
+    masked: by masks, as a GPU does. An operation that is not in params happens to no sample.
+    """
+    p = params.get
     x = images.float() / 255
-    x = warp(x, params["flip"], params["angle"], params["elastic"], params["elastic_seeds"])
-    x = color_jitter(x, params["factors"], params["hue"], params["order"])
-    x = _on_rows(x, params["gray"], lambda rows: gray(rows).repeat(1, 3, 1, 1))
-    x = _on_rows(x, params["blur"] > 0, blur, params["blur"])
-    x = _on_rows(x, params["solarize"], lambda rows: rows.where(rows < 128 / 255, 1 - rows))
-    return normalize(x)
+    x = warp(x, p("flip"), p("angle"), p("elastic"), p("elastic_seeds"), masked)
+    rgb = x.split(1, dim=1)
+    rgb = color_jitter(rgb, p("factors"), p("hue"), p("order"), masked)
+    rgb = _where(p("gray"), masked, lambda *rgb: [gray(*rgb)] * 3, rgb)
+    rgb = _where(p("blur"), masked, blur, rgb, p("blur"))
+    rgb = _where(p("solarize"), masked, solarize, rgb)
+    return normalize(rgb)
 
 
-def _on_rows(x, mask, operation, *values):
-    """Apply operation(rows, *their values) in place where mask (N,), on the CPU, is true."""
+def _where(mask, masked, operation, tensors, *values):
+    """Return operation(*tensors, *values) of the samples whose mask (N,) is not 0, else tensors.
+
+    mask None: of no sample. masked: compute all and choose; otherwise those alone, in place.
+    """
+    if mask is None:
+        return tensors
+    if masked:
+        mask = mask.view(-1, *[1] * (tensors[0].ndim - 1)) != 0
+        pairs = zip(operation(*tensors, *values), tensors)
+        return [torch.where(mask, new, old) for new, old in pairs]
     chosen = mask.nonzero()[:, 0]
     if not len(chosen):
-        return x
-    values = [to_device(x.device, value[chosen]) for value in values]
-    if len(chosen) == len(x):
-        return operation(x, *values)
-    chosen = to_device(x.device, chosen)
-    x[chosen] = operation(x[chosen], *values)
-    return x
+        return tensors
+    if len(chosen) == len(mask):
+        return operation(*tensors, *values)
+    for x, new in zip(tensors, operation(*(x[chosen] for x in (*tensors, *values)))):
+        x[chosen] = new
+    return tensors
 
 
 def normalize(x):
-    """Turn RGB in [0, 1] (N, 3, H, W) into what networks take."""
-    channels = [(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)]
-    return torch.stack(channels, 1)
+    """Turn RGB in [0, 1], (N, 3, H, W) or three of (N, 1, H, W), into what networks take."""
+    rgb = x.split(1, dim=1) if isinstance(x, torch.Tensor) else x
+    return torch.cat([(c - mean) / std for c, mean, std in zip(rgb, MEAN, STD)], 1)
 
 
 def denormalize(x):
@@ -247,123 +293,63 @@ def denormalize(x):
     return torch.stack(channels, -3).clamp(0, 1)
 
 
-def warp(x, flip, angle, alpha, elastic_seeds):
+def warp(x, flip, angle, alpha, elastic_seeds, masked=False):
     """Flip, rotate about the center, then deform: one bilinear sampling of x (N, 3, S, S).
 
-    flip, angle (degrees), alpha (0: no elastic) and elastic_seeds are (N,), on the CPU.
+    flip, angle (degrees), alpha (0: no elastic) and elastic_seeds are (N,).
     A grid holds for each output pixel the place to read. So it runs backwards: elastic, rotation,
     flip. Places outside the picture are black.
     Elastic may lead out of the rotated square, and the rotation from there back into the picture.
     In the sequence of operations such places are black. So a pixel's weight is the smaller of two
     shares: of its footprint in the rotated square, and in the picture (grid_sample's own weight).
     """
-    if not angle.any() and not alpha.any():
-        return _on_rows(x, flip, lambda rows: rows.flip(-1))
+    if angle is None or not (masked or angle.any() or alpha.any()):
+        return _where(flip, masked, lambda x: [x.flip(-1)], [x])[0]
     N, _, S, _ = x.shape
     centers = (2 * torch.arange(S, device=x.device) + 1) / S - 1  # of pixels, in [-1, 1]
-    grid = torch.stack(torch.meshgrid(centers, centers, indexing="xy"), -1)
-    grid = grid.repeat(N, 1, 1, 1)  # (N, S, S, 2) of (x, y)
-
-    elastic = alpha.nonzero()[:, 0]
-    if len(elastic):
-        rows = to_device(x.device, elastic)
-        values = [to_device(x.device, value[elastic]) for value in (alpha, elastic_seeds)]
-        grid[rows] += elastic_displacement(*values, S)
-        in_rotated = _share_inside(grid[rows])  # (n, S, S)
+    square = [centers.repeat(N, S, 1), centers[:, None].repeat(N, 1, S)]  # x and y, (N, S, S) each
+    rotated = _where(alpha, masked, _deform, square, alpha, elastic_seeds)
 
     # Elementwise: a matrix product may be rounded to TF32 or, under autocast, to bf16.
     angle = torch.deg2rad(angle)
-    motion = to_device(x.device, torch.stack([angle.cos(), angle.sin(), 1 - 2.0 * flip]))
+    motion = torch.stack([angle.cos(), angle.sin(), 1 - 2.0 * flip])
     cos, sin, mirror = motion[..., None, None]  # (N, 1, 1) each
-    grid_x, grid_y = grid.unbind(-1)
+    grid_x, grid_y = rotated
     grid = torch.stack([mirror * (cos * grid_x - sin * grid_y), sin * grid_x + cos * grid_y], -1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if len(elastic):
-        in_picture = _share_inside(grid[rows])
-        x[rows] *= (in_rotated / in_picture.clamp(min=1e-6)).clamp(max=1)[:, None]
-    return x
+    return _where(alpha, masked, _blacken, [x], *rotated, *grid.unbind(-1))[0]
 
 
-def _share_inside(grid):
-    """Return the share of each pixel read that lies in the square: (n, S, S, 2) -> (n, S, S)."""
-    return ((1 - grid.abs()) * grid.shape[1] / 2 + 0.5).clamp(0, 1).prod(-1)
+def _deform(x, y, alpha, seeds):
+    shift_x, shift_y = elastic_displacement(alpha, seeds, x.shape[-1]).unbind(-1)
+    return [x + shift_x, y + shift_y]
 
 
-def elastic_displacement(alpha, seeds, S):
-    """Smooth uniform noise in [-1, 1), times alpha / S: torchvision's ElasticTransform.
-
-    alpha (n,), seeds (n,) -> (n, S, S, 2), in units of half the image's side. The root mean square
-    is alpha / 60 pixels at S = 224; at 32 it is 1.3 times that, because of the mirrored borders.
-    """
-    sigma = torch.full((1,), ELASTIC_SIGMA, device=alpha.device)
-    smooth = gaussian_matrix(S, sigma, ELASTIC_RADIUS)  # (1, S, S)
-    field = smooth @ noise(seeds, 2 * S * S).view(-1, 2, S, S) @ smooth.mT
-    return (field * (alpha / S)[:, None, None, None]).permute(0, 2, 3, 1)
+def _blacken(x, *places):
+    """Blacken what is read outside of the rotated square. places: x, y in it and in the picture."""
+    inside = [((1 - place.abs()) * x.shape[-1] / 2 + 0.5).clamp(0, 1) for place in places]  # shares
+    share = inside[0] * inside[1] / (inside[2] * inside[3]).clamp(min=1e-6)
+    return [x * share.clamp(max=1)[:, None]]
 
 
-def gaussian_matrix(S, sigma, radius):
-    """Make matrices that blur a column of S pixels, with mirrored borders: (n,) -> (n, S, S).
-
-    A kernel has 2 radius + 1 taps. A blur is then two matrix products, which are fast.
-    """
-    taps = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (taps / sigma[:, None]).square())
-    weight = weight / weight.sum(1, keepdim=True)  # (n, taps)
-    # The pixel that each tap reads; beyond a border, mirrored without repeating the border pixel.
-    period = max(2 * S - 2, 1)
-    source = (torch.arange(S, device=sigma.device)[:, None] + taps) % period  # (S, taps)
-    source = torch.where(source < S, source, period - source)
-    n = len(sigma)
-    matrix = torch.zeros(n, S, S, device=sigma.device)
-    return matrix.scatter_add_(2, source.expand(n, -1, -1), weight[:, None].expand(-1, S, -1))
-
-
-def blur(x, sigma):
-    """Blur x (N, 3, S, S) by Gaussians of sigma (N,) pixels."""
-    matrix = gaussian_matrix(x.shape[-1], sigma, BLUR_RADIUS)[:, None]
-    return matrix @ x @ matrix.mT
-
-
-def gray(x):
-    """Return the luma (ITU-R 601-2) of x (N, 3, H, W): (N, 1, H, W)."""
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
-
-def color_jitter(x, factors, hue, order):
+def color_jitter(rgb, factors, hue, order, masked=False):
     """Change brightness, contrast, saturation and hue, each sample in its own order.
 
-    factors (N, 3) of the first three, hue (N,), order (N, 4) are on the CPU. As torchvision's
-    ColorJitter. The first three are one formula, f x + (1 - f) anchor, clamped: the anchor is
-    black, the mean of the image's gray, or the gray. So at each place of the order, all samples
-    blend together. Those whose hue is due have f = 1 and then turn their hue.
+    rgb: three of (N, 1, H, W). factors (N, 3) of the first three, hue (N,), order (N, 4). As
+    torchvision's ColorJitter. The first three are one formula, f x + (1 - f) anchor, clamped: the
+    anchor is black, the mean of the image's gray, or the gray. So at each place of the order, all
+    samples blend together. Those whose hue is due have f = 1 and then turn their hue.
     """
-    if (factors == 1).all() and not hue.any():
-        return x
-    for due in order.unbind(1):  # (N,): 0 brightness, 1 contrast, 2 saturation, 3 hue
-        factor = factors.gather(1, due.clamp(max=2)[:, None])[:, 0].masked_fill(due == 3, 1)
-        rest = 1 - factor
-        weights = torch.stack([factor, rest * (due == 1), rest * (due == 2)])
-        f, of_mean, of_gray = to_device(x.device, weights)[..., None, None, None]  # (N, 1, 1, 1)
-        luma = gray(x)
-        x = (f * x + (of_gray * luma + of_mean * luma.mean((2, 3), keepdim=True))).clamp_(0, 1)
-        x = _on_rows(x, (due == 3) & (hue != 0), adjust_hue, hue)
-    return x
-
-
-def adjust_hue(x, turns):
-    """Turn the hue of x (N, 3, H, W) by (N,) turns of the color circle; keep value and saturation.
-
-    Through HSV: chroma c = max - min, and a channel is max - c * clamp(min(k, 4 - k), 0, 1) with
-    k = (n + 6 hue) mod 6, where n = 5, 3, 1 for R, G, B.
-    """
-    r, g, b = x.unbind(1)
-    high = x.amax(1)
-    chroma = high - x.amin(1)
-    scale = 1 / torch.where(chroma > 0, chroma, 1)  # a gray pixel has no hue: any will do
-    if_green_or_blue = torch.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale)
-    sextant = torch.where(high == r, (g - b) * scale, if_green_or_blue) + 6 * turns[:, None, None]
-    channels = []
-    for n in (5, 3, 1):
-        k = torch.remainder(sextant + n, 6)
-        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, 1)
+    if factors is None or not (masked or (factors != 1).any() or hue.any()):
+        return rgb
+    factor = factors.gather(1, order.clamp(max=2)).masked_fill(order == 3, 1)  # (N, 4)
+    rest = 1 - factor
+    weights = torch.stack([factor, rest * (order == 1), rest * (order == 2)])
+    turns = hue[:, None] * (order == 3)
+    for place in range(4):
+        f, of_mean, of_gray = weights[:, :, place, None, None, None]  # (N, 1, 1, 1) each
+        luma = gray(*rgb)
+        anchor = of_gray * luma + of_mean * luma.mean((2, 3), keepdim=True)
+        rgb = [(f * channel + anchor).clamp_(0, 1) for channel in rgb]
+        rgb = _where(turns[:, place], masked, adjust_hue, rgb, turns[:, place])
+    return rgb

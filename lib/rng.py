@@ -61,6 +61,4 @@ def noise(seeds, n):
 
 def to_device(device, values):
     """Move numbers drawn on the CPU to `device`; to a GPU through pinned memory, without a wait."""
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

@@ -88,6 +88,15 @@ def scans_put_back(monkeypatch):
         monkeypatch.setattr(vmamba, name, getattr(vmamba, name))
 
 
+@pytest.fixture
+def one_thread():
+    """Compute with one thread: a small network gains nothing from two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def arguments(**options):
     return [f"--{name}={value}" for name, value in {**TINY, **options}.items()]
 

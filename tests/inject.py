@@ -24,11 +24,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib import machine
+from lib.run import Run
+
 import torch
 
 import train
-from lib import machine
-from lib.run import Run
 
 RANK = int(os.environ.get("RANK", 0))
 

@@ -8,15 +8,21 @@ to 2.5 levels of 255 in the mean.
 """
 
 import itertools
+import math
+from functools import partial
+
+from lib import packed, rng
+from lib.rng import fork, noise, sample_seeds, uniforms
 
 import pytest
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode
 
 import augment as A
-from lib.rng import fork, noise, sample_seeds, uniforms
 
 N, S = 6, 48
 SEEDS = sample_seeds(0, torch.arange(N))
@@ -41,6 +47,11 @@ def assert_near(got, expected, atol):
 def each(function, x, *parameters):
     """Apply a function of one image to every row, with its own parameters."""
     return torch.stack([function(x[i], *(p[i].item() for p in parameters)) for i in range(len(x))])
+
+
+def on_channels(operation, x, *values):
+    """Apply an operation on channels r, g, b to x (N, 3, S, S)."""
+    return torch.cat(operation(*x.split(1, dim=1), *values), dim=1)
 
 
 def rotate(image, degrees):
@@ -132,13 +143,13 @@ def test_blur(size):
     x = torch.rand(N, 3, size, size)
     sigma = torch.tensor([0.1, 0.3, 0.7, 1.1, 1.6, 2.0])
     expected = each(lambda image, s: TF.gaussian_blur(image, [13, 13], [s, s]), x, sigma)
-    assert_near(A.blur(x, sigma), expected, atol=1e-5)
+    assert_near(on_channels(A.blur, x, sigma), expected, atol=1e-5)
 
 
 def test_hue(x):
     x[0, :, :9, :9] = 0.5  # gray has no hue
     turns = torch.tensor([0.1, -0.2, 0.0, 0.5, -0.5, 0.03])
-    assert_near(A.adjust_hue(x, turns), each(TF.adjust_hue, x, turns), atol=1e-5)
+    assert_near(on_channels(A.adjust_hue, x, turns), each(TF.adjust_hue, x, turns), atol=1e-5)
 
 
 def test_color_jitter_in_every_order(x):
@@ -147,11 +158,12 @@ def test_color_jitter_in_every_order(x):
         factors = 0.6 + 0.8 * u[:, :3]
         hue = 0.4 * u[:, 3] - 0.2
         expected = [jitter(*row) for row in zip(x, orders, factors, hue)]
-        assert_near(A.color_jitter(x, factors, hue, orders), torch.stack(expected), atol=2e-5)
+        got = A.color_jitter(x.split(1, dim=1), factors, hue, orders)
+        assert_near(torch.cat(got, dim=1), torch.stack(expected), atol=2e-5)
 
 
 def test_gray(x):
-    assert_near(A.gray(x), TF.rgb_to_grayscale(x, 1), atol=1e-6)
+    assert_near(A.gray(*x.split(1, dim=1)), TF.rgb_to_grayscale(x, 1), atol=1e-6)
 
 
 def test_solarize_and_normalize():
@@ -343,11 +355,206 @@ def test_augment_views_gives_every_crop_random_numbers_of_its_own():
     assert len(alone) == 1
 
 
+# --- as a GPU does it: by masks, one copy, one graph ----------------------------------------------
+
+ALL = A.RECIPES | A.PERTURBATIONS
+KERNELS = 30  # more than torch.compile makes of a size of views, on a GPU
+
+
+def some_crops(sizes, device="cpu", n=N):
+    """Make crops as loaders give them, (n, V, 3, S, S) for each V, S; a part is white."""
+    crops = [torch.randint(0, 256, (n, V, 3, S, S), dtype=torch.uint8) for V, S in sizes]
+    for some in crops:
+        some[..., : some.shape[-1] // 2, :] = 255
+    return [some.to(device) for some in crops]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kind", [A.GLOBAL_1, A.GLOBAL_2, A.LOCAL])
+def test_masks_choose_what_rows_compute(name, kind):
+    """So it is for any numbers, and where all samples or none have an operation."""
+    [crops] = some_crops([(24, 40)], n=1)
+    for seed in range(3):
+        params = A.parameters(ALL[name], sample_seeds(seed, torch.arange(24)), kind)
+        for rows in (slice(0, 24), slice(5, 6)):
+            some = {key: p[rows] for key, p in params.items()}
+            by_rows = A.transform(crops[0, rows], some)
+            by_masks = A.transform(crops[0, rows], A._in_use(some, ALL[name]), masked=True)
+            assert_near(by_masks, by_rows, atol=1e-5)
+
+
+def test_masks_hold_for_single_operations():
+    """For recipes that have elastic without rotation, rotation or blur alone, and so on."""
+    [crops] = some_crops([(1, 32)])
+    strong = dict(flip=0.5, rotate=30.0, elastic=0.5, jitter=0.5, gray=0.5, blur=(0.5,) * 3)
+    for name, value in (strong | dict(solarize=(0.5,) * 3)).items():
+        recipe = A.Recipe(**{name: value})
+        params = A.parameters(recipe, SEEDS)
+        by_masks = A.transform(crops[:, 0], A._in_use(params, recipe), masked=True)
+        assert_near(by_masks, A.transform(crops[:, 0], params), atol=1e-5)
+
+
+def test_views_of_a_batch_are_those_of_each_kind(name="caug+"):
+    crops = some_crops([(2, 48), (3, 32)])
+    large, small = A.augment_views(*crops, SEEDS, A.RECIPES[name])
+    for i, kind in enumerate([A.GLOBAL_1, A.GLOBAL_2]):
+        seeds = fork(SEEDS, "global_view", index=i)
+        expected = A.augment(crops[0][:, i], A.RECIPES[name], seeds, kind)
+        assert torch.equal(large[i], expected)
+    for i in range(3):
+        seeds = fork(SEEDS, "local_view", index=i)
+        expected = A.augment(crops[1][:, i], A.RECIPES[name], seeds, A.LOCAL)
+        assert_near(small[i], expected, atol=1e-5)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    packed._compiled.cache_clear()
+    yield
+    torch._dynamo.reset()
+    packed._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("name", A.RECIPES)
+def test_views_of_a_gpu_on_a_cpu(name, monkeypatch, fresh_compiler):
+    """All that a GPU does but the transfer: the same views, by one graph for each size."""
+    recipe, graphs = A.RECIPES[name], []
+    compilers = {"cpu": lambda graph, _: graphs.append(graph) or graph.forward}
+    monkeypatch.setattr(packed, "COMPILERS", compilers)
+    large, small = some_crops([(2, 32), (3, 16)])
+    for seed in range(3):
+        seeds = sample_seeds(seed, torch.arange(N))
+        results = []
+        for devices in ({"cpu"}, set()):
+            monkeypatch.setattr(A, "BY_ROWS", devices)
+            views = A.augment_views(large, small, seeds, recipe)
+            views += A.augment_views(large, small[:, :0], seeds, recipe)
+            results.append([*views, A.augment(small[:, 0], recipe, seeds, A.LOCAL)])
+        assert len(results[1]) == 4
+        for by_rows, by_masks in zip(*results):
+            assert_near(by_masks, by_rows, atol=1e-5)
+    assert compilers  # nothing failed
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("suppress_errors", [False, True])
+def test_without_a_compiler_views_are_eager(suppress_errors, monkeypatch, capsys, fresh_compiler):
+    """A line says why."""
+
+    def refuse(graph, _):
+        raise RuntimeError("no such\ninstruction")
+
+    crops = some_crops([(2, 32), (1, 16)])
+    expected = A.augment_views(*crops, SEEDS, A.RECIPES["baug"])
+    monkeypatch.setattr(A, "BY_ROWS", set())
+    monkeypatch.setattr(packed, "COMPILERS", {"cpu": refuse})
+    with torch._dynamo.config.patch(suppress_errors=suppress_errors):
+        for _ in range(2):
+            for got, view in zip(A.augment_views(*crops, SEEDS, A.RECIPES["baug"]), expected):
+                assert_near(got, view, atol=1e-5)
+    line = capsys.readouterr().out
+    assert line.startswith("views are not compiled: ") and "no such instruction" in line
+    assert line.count("\n") == 1
+
+
+class Count(TorchDispatchMode):
+    """Count operations of the host alone, of the device (meta), and what the latter move."""
+
+    def __init__(self):
+        super().__init__()
+        self.host = self.device = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        on_device = any(x.is_meta for x in tensors)
+        self.host += not on_device
+        self.device += on_device
+        if on_device and not function.is_view:
+            self.bytes += sum(map(self.size, tensors))
+        return result
+
+    @staticmethod
+    def size(x):
+        """Return the bytes of a tensor in memory, once where it is expanded."""
+        sizes = [n for n, stride in zip(x.shape, x.stride()) if stride]
+        return math.prod(sizes) * x.itemsize
+
+
+@pytest.mark.parametrize("name", A.RECIPES)
+@pytest.mark.parametrize("n", [1, 128])
+def test_views_of_a_gpu_are_one_copy_and_few_operations(name, n, monkeypatch):
+    """On tensors without numbers: so no branch and no shape depends on them, and nothing waits."""
+    copies, graphs = [], []
+    monkeypatch.setattr(rng, "to_device", lambda device, x: copies.append(x) or x.to(device))
+    crops = [torch.empty(n, 2, 3, 224, 224), torch.empty(n, 8, 3, 96, 96)]
+    crops = [some.to("meta", torch.uint8) for some in crops]
+    seeds = sample_seeds(0, torch.arange(n))
+    with Count() as eager:
+        views = A.augment_views(*crops, seeds, A.RECIPES[name])
+    assert [x.shape for x in views] == [(2, n, 3, 224, 224), (8, n, 3, 96, 96)]
+    assert len(copies) == 1
+    assert copies[0].dtype == torch.uint8 and copies[0].numel() < 100 * 10 * n
+    assert eager.host < 400 and eager.device < 1200  # GPUs without a compiler, and evaluations
+
+    def compiled(what, function, images, params, masked):
+        graphs.append(function)
+        return torch.empty_like(images, dtype=torch.float32)
+
+    monkeypatch.setattr(A, "run_compiled", compiled)
+    with Count() as count:
+        A.augment_views(*crops, seeds, A.RECIPES[name])
+    assert count.host + count.device + len(graphs) * KERNELS < 700
+    assert graphs == [A.transform] * 2
+    assert count.bytes < 1e7 * n  # the crops, view by view
+
+
+def test_a_packed_copy_is_what_it_was(monkeypatch):
+    tensors = dict(
+        mask=torch.tensor([True, False, True]),
+        seeds=SEEDS,
+        angle=torch.linspace(-1, 1, 7).expand(3, 7).T,
+        none=torch.zeros(0, 3),
+        order=torch.arange(12).view(3, 4),
+    )
+    copies = []
+    monkeypatch.setattr(rng, "to_device", lambda device, x: copies.append(x) or x.clone())
+    got = packed.copy_packed(torch.device("cpu"), tensors)
+    assert len(copies) == 1 and got.keys() == tensors.keys()
+    for name, x in tensors.items():
+        assert torch.equal(got[name], x) and got[name].dtype == x.dtype
+        assert got[name].data_ptr() % x.itemsize == 0
+    assert packed.copy_packed(torch.device("cpu"), {}) == {} and len(copies) == 1
+
+
 @pytest.mark.gpu
-def test_device_views_equal_cpu_views():
+@pytest.mark.parametrize("name", ALL)
+def test_device_views_equal_cpu_views(name):
     images = torch.randint(0, 256, (64, 3, 96, 96), dtype=torch.uint8)
     seeds = sample_seeds(0, torch.arange(64))
-    for recipe in A.RECIPES.values():
-        on_cpu = A.augment(images, recipe, seeds, A.LOCAL)
-        on_gpu = A.augment(images.cuda(), recipe, seeds, A.LOCAL)
-        assert (on_cpu - on_gpu.cpu()).abs().quantile(0.999) < 1e-3
+    on_cpu = A.augment(images, ALL[name], seeds, A.LOCAL)
+    on_gpu = A.augment(images.cuda(), ALL[name], seeds, A.LOCAL)
+    assert (on_cpu - on_gpu.cpu()).abs().quantile(0.999) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", A.RECIPES)
+def test_compiled_views_of_a_gpu(name, fresh_compiler):
+    """They are the CPU's, made by few kernels, and nothing waits for the GPU."""
+    crops = some_crops([(2, 96), (3, 48)], n=16)
+    there = [some.cuda() for some in crops]
+    make = partial(A.augment_views, recipe=A.RECIPES[name])
+    for seed in range(2):
+        seeds = sample_seeds(seed, torch.arange(16))
+        torch.cuda.set_sync_debug_mode("error" if seed else "default")  # the first one compiles
+        views = make(*there, seeds)
+        torch.cuda.set_sync_debug_mode("default")
+        assert packed.COMPILERS.keys() == {"cuda"}  # nothing failed
+        for got, expected in zip(views, make(*crops, seeds)):
+            assert (got.cpu() - expected).abs().quantile(0.999) < 1e-3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        make(*there, seeds)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    assert len(kernels) < 2 * KERNELS + 10, [event.name for event in kernels]

@@ -9,9 +9,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-import bench
-
 from lib.config import UsageError
+
+import bench
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ import runpy
 import subprocess
 import sys
 
+from lib.config import RENAMED, Config, EvalConfig, UsageError, check, configure, help_text, option
+
 import pytest
 from conftest import ROOT
-
-from lib.config import RENAMED, Config, EvalConfig, UsageError, check, configure, help_text, option
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 CHOICES = dict(

@@ -5,6 +5,11 @@ import pickle
 import zipfile
 from itertools import chain
 
+from lib import data
+from lib.config import UsageError
+from lib.rng import sample_seeds
+from lib.shapes import SHAPES, moving_shapes, shape_masks, shapes
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +18,6 @@ from conftest import HERE, ROOT, SHARED, tiny_config
 from PIL import Image
 
 from augment import center_crop, random_crops
-from lib import data
-from lib.config import UsageError
-from lib.rng import sample_seeds
-from lib.shapes import SHAPES, moving_shapes, shape_masks, shapes
 
 
 def color(path, pixel=(0, 0)):

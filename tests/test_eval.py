@@ -5,6 +5,13 @@ import re
 import shutil
 import sys
 
+from lib import checkpoint, data, linear, results
+from lib.checkpoint import save_atomically
+from lib.config import UsageError
+from lib.features import Model
+from lib.rng import fork, sample_seeds, uniforms
+from lib.shapes import shapes
+
 import pytest
 import torch
 import torch.nn as nn
@@ -18,12 +25,6 @@ from torchvision.transforms import InterpolationMode
 import augment
 import eval_downstream
 import eval_linear
-from lib import checkpoint, data, linear, results
-from lib.checkpoint import save_atomically
-from lib.config import UsageError
-from lib.features import Model
-from lib.rng import fork, sample_seeds, uniforms
-from lib.shapes import shapes
 from model import build_backbone, ir_dims, split
 
 ON_CPU = ["--workers=0", "--precision=fp32", "--device=cpu"]

@@ -14,10 +14,10 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-import evidence
-
 from lib.config import UsageError
 from lib.results import pack_correct, unpack_correct
+
+import evidence
 
 
 def test_correctness_survives_its_packing():

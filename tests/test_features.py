@@ -4,14 +4,15 @@ import json
 import re
 from types import SimpleNamespace
 
+from lib import checkpoint, data, features, machine, results, weights
+from lib.config import UsageError
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU, HERE, arguments, run_script, tiny_config
 
 from augment import perturbation, quarter_turn
-from lib import checkpoint, data, features, machine, results, weights
-from lib.config import UsageError
 from model import build_backbone
 
 

@@ -4,6 +4,10 @@ import argparse
 import importlib.util
 import types
 
+from lib import checkpoint, rng, weights
+from lib.config import UsageError
+from lib.run import Run
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +15,6 @@ import torchvision
 from conftest import tiny_config
 
 import model
-from lib import checkpoint, rng, weights
-from lib.config import UsageError
-from lib.run import Run
 
 
 def dino_vit_shapes(dim, depth, img_size, patch_size):

@@ -8,9 +8,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-import plot
-
 from lib.config import UsageError
+
+import plot
 
 RUNS = [str(ROOT / "results" / "collapse" / name) for name in ("clever", "ddcl")]
 

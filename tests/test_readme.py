@@ -7,6 +7,9 @@ import shutil
 import subprocess
 import sys
 
+from lib import config, data
+from lib.results import table_lines
+
 import pytest
 import torch
 import torchvision
@@ -15,8 +18,6 @@ from conftest import ROOT
 import eval_downstream
 import eval_linear
 import eval_seg
-from lib import config, data
-from lib.results import table_lines
 
 sys.path.insert(0, str(ROOT / "tools"))
 

@@ -1,8 +1,8 @@
 """Random numbers: functions of their counters, uniform, and unlike their neighbors'."""
 
-import torch
-
 from lib.rng import _GOLDEN, _mix, fork, noise, sample_seeds, uniforms
+
+import torch
 
 
 def test_a_number_depends_on_its_counters_alone():

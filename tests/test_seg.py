@@ -6,6 +6,9 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+from lib import shapes
+from lib.config import UsageError
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +18,6 @@ from conftest import SHARED, tiny_config
 from PIL import Image
 
 import eval_seg
-from lib import shapes
-from lib.config import UsageError
 from model import build_backbone, build_network
 
 

@@ -23,7 +23,7 @@ ROOMS = {
     "losses.py": (120, set()),
     "model.py": (310, {"vmamba", LIBRARY}),
     "vmamba.py": (393, {LIBRARY}),
-    "augment.py": (330, set()),
+    "augment.py": (330, {"lib.packed", "lib.pixels"}),
     "train.py": (200, {"losses", "model", "vmamba", "augment", LIBRARY}),
     "eval_linear.py": (200, EVAL),
     "eval_downstream.py": (300, EVAL),
@@ -65,6 +65,9 @@ ROOMS = {
         },
     ),
     "lib/results.py": (130, {"lib.machine", "lib.checkpoint"}),
+    # of augment.py: its operations on pixels; one copy and one graph on a GPU
+    "lib/pixels.py": (80, set()),
+    "lib/packed.py": (45, set()),
     # of data.py: file -> image; data sets, folders, lists; small images on the device
     "lib/images.py": (165, set()),
     "lib/sources.py": (180, {"lib.images", "lib.machine", "lib.shapes"}),
@@ -241,7 +244,8 @@ def test_the_method_is_read_in_one_sitting():
 
 
 def test_all_code_together():
-    assert sum(map(length, CODE)) < 7600  # 8,425 before the rooms; aim at 5,800
+    # 7,550 after the rooms; resident images and the GPU work came on top. Aim at 5,800
+    assert sum(map(length, CODE)) < 8450
 
 
 # --- statements

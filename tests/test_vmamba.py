@@ -6,6 +6,11 @@ import subprocess
 import sys
 import types
 
+import lib.scan_triton
+from lib.checkpoint import save_atomically
+from lib.config import UsageError
+from lib.weights import load_backbone
+
 import numpy as np
 import pytest
 import torch
@@ -13,12 +18,8 @@ import torch.nn.functional as F
 from conftest import HERE, ROOT, arguments, run_script, tiny_config
 
 import eval_linear
-import lib.scan_triton
 import train
 import vmamba
-from lib.checkpoint import save_atomically
-from lib.config import UsageError
-from lib.weights import load_backbone
 from model import build_backbone
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
@@ -186,10 +187,10 @@ def scan_by_doubling(self, given):
     arrays = [x.handle.data for x in given]
     reach = 1
     while reach < len(arrays[0]):
-        before = [self.to_tensor(x[:-reach], dtype) for x, dtype in zip(arrays, dtypes)]
-        after = [self.to_tensor(x[reach:], dtype) for x, dtype in zip(arrays, dtypes)]
+        before = [self.to_tensor(np.roll(x, reach, 0), dtype) for x, dtype in zip(arrays, dtypes)]
+        after = [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes)]
         both = self.combine_fn.fn(*before, *after)
-        arrays = [np.concatenate([x[:reach], y.handle.data]) for x, y in zip(arrays, both)]
+        arrays = [np.concatenate([x[:reach], y.handle.data[reach:]]) for x, y in zip(arrays, both)]
         reach *= 2
     return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes)]
 
