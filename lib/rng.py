@@ -21,6 +21,7 @@ STREAMS = {  # what the numbers are for -> what is hashed; "+ i": one stream for
 }
 # fmt: on
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd constants of splitmix64, as signed 64-bit integers
+_INVERSE = 0xF1DE83E19937733D - 2**64  # of _GOLDEN: their product is 1 modulo 2^64
 _MUL1 = 0xBF58476D1CE4E5B9 - 2**64
 _MUL2 = 0x94D049BB133111EB - 2**64
 
@@ -55,7 +56,8 @@ def uniforms(seeds, n):
 def noise(seeds, n):
     """Return (..., n) float32, uniform in [-1, 1) in steps of 2^-15: four of a hash, for images."""
     counts = torch.arange(1, (n + 3) // 4 + 1, device=seeds.device)
-    h = _mix(seeds[..., None] + _GOLDEN * counts)
+    # seeds + _GOLDEN * counts. Of a product of counters alone torch.compile's kernels keep 32 bits.
+    h = _mix((seeds[..., None] * _INVERSE + counts) * _GOLDEN)
     return h.contiguous().view(torch.int16)[..., :n].float() / (1 << 15)
 
 

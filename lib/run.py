@@ -6,7 +6,7 @@ import functools
 import os
 from dataclasses import asdict, dataclass
 
-from lib import data, fused, machine, processor, rng
+from lib import data, fused, machine, packed, processor, rng
 from lib.batchnorm import sync_batch_norm
 from lib.compiled import compile_blocks
 from lib.config import Config, UsageError
@@ -69,8 +69,9 @@ class Run:
             networks = [sync_batch_norm(net) for net in networks]
             ids = [device.index] if device.type == "cuda" else None
             student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        if config.compile is False:
+        if config.compile is False:  # nor the losses' and the views' operations
             fused.COMPILERS.clear()
+            packed.COMPILERS.clear()
         config.compile, compiled = compile_blocks(networks, config.compile, device)
         # a search for the fastest kernel pays for many convolutions of fixed shapes, not for one
         is_vit = hasattr(network.backbone, "tokens")
@@ -190,6 +191,7 @@ def first_screen(run, step, train_set):
     return "\n".join([*lines, ""])
 
 
+@torch.compiler.set_stance("force_eager")  # six images would be two graphs of their own
 def views_picture(run, whole, batch):
     """Draw a row for each image: whole uint8 (n, 3, G, G), then its views as the network sees them.
 

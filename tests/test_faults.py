@@ -34,6 +34,7 @@ from augment import center_crop
 
 pytestmark = pytest.mark.faults
 RUN = dict(epochs=4, save_every=2, log_every=1, drop_path=0.2, eval_every=2)  # 20 steps
+RUN |= dict(img_size=16, local_size=8)
 RUN |= dict(workers=1, cache="off")  # a loading process, or the images would live on the device
 
 

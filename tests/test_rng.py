@@ -3,6 +3,7 @@
 from lib.rng import _GOLDEN, _mix, fork, noise, sample_seeds, uniforms
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def test_a_number_depends_on_its_counters_alone():
@@ -92,3 +93,12 @@ def test_splitmix64_itself():
         16408922859458223821,
     ]
     assert [int(h) % 2**64 for h in _mix(state)] == expected
+
+
+def test_noise_multiplies_no_counter_alone():
+    """A GPU kernel of torch.compile would compute such a product with 32 bits."""
+    graph = make_fx(lambda seeds: noise(seeds, 100))(sample_seeds(3, torch.arange(9))).graph
+    products = [node for node in graph.nodes if node.target == torch.ops.aten.mul.Tensor]
+    assert products
+    for node in products:
+        assert not any(x.name.startswith("arange") for x in node.all_input_nodes)

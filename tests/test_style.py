@@ -84,6 +84,7 @@ ROOMS = {
             "lib.data",
             "lib.fused",
             "lib.machine",
+            "lib.packed",
             "lib.processor",
             "lib.weights",
         },
