@@ -76,8 +76,8 @@ class Config:
     data_root: str = option("data", "folder of torchvision's data sets")
     download: bool = option(False, "fetch a torchvision data set that is not there")
     classes: str = option("", "file with one class (folder) name per line: use only these")
-    workers: int = option(-1, "loading processes per rank; -1: this machine's cores per rank, less "
-                          "one, at most 16", 0, 512)
+    workers: int = option(None, "loading processes per rank; None: this machine's cores per rank, "
+                          "less one, at most 16", 0, 512)
     cache: str = option("auto", "auto: small images of one size live on the device, as shapes and "
                         "CIFAR; ram: all decoded images in memory", choices=("auto", "ram", "off"))
     epochs: int = option(200, "passes over the training images", 1, 10**6, group="optimization")

@@ -66,8 +66,8 @@ def open_for_training(config, here):
 
 
 def loading_workers(wanted):
-    """Return how many processes load for this rank; -1: its share of the cores, less its own."""
-    if wanted >= 0:
+    """Return how many processes load for this rank; None: its share of the cores, less its own."""
+    if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

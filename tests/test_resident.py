@@ -183,11 +183,11 @@ def test_workers_are_this_ranks_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     for ranks, workers in ((1, 15), (4, 3), (8, 1), (16, 0), (32, 0)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert data.loading_workers(-1) == workers
+        assert data.loading_workers(None) == workers
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert data.loading_workers(-1) == 16
-    assert data.loading_workers(3) == 3 and Config().workers == -1
+    assert data.loading_workers(None) == 16
+    assert data.loading_workers(3) == 3 and Config().workers is None
 
 
 def test_too_small_a_dev_shm_is_named_at_the_start(folder, monkeypatch):
