@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from lib import data, features, machine, results, shapes
 from lib.config import EvalConfig, UsageError, configure, option
+from lib.images import EXTENSIONS
 
 import numpy as np
 import torch
@@ -360,7 +361,7 @@ def read_mask(path):
 
 def image_files(folder):
     """List the image files of a folder by name; none if there is no folder."""
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in data.EXTENSIONS)
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS)
 
 
 def davis_videos(folder):

@@ -436,6 +436,7 @@ def test_published_numbers_stand_beside_in100_alone(monkeypatch, tmp_path):
 # --- the command lines ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_command_prints_the_robustness_table_and_repeats_exactly(run_folder, folder, tmp_path):
     command = [
         "eval_linear.py",
@@ -476,6 +477,7 @@ def test_one_command_prints_the_robustness_table_and_repeats_exactly(run_folder,
     assert not list(tmp_path.glob("*.partial*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, options",
     [
@@ -499,6 +501,7 @@ def test_two_processes_are_one(run_folder, folder, tmp_path, script, options):
         assert a["value"] == pytest.approx(b["value"], abs=100 / a["n"] + 0.01), (a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, options",
     [
@@ -574,6 +577,7 @@ def test_downstream_tasks_run_end_to_end(run_folder, folder, tmp_path, options, 
     assert {row["part"] for row in result["rows"]} == (chosen or {"full", "ir", "ef"})
 
 
+@pytest.mark.slow
 def test_a_backbone_with_batch_norm_stays_as_it_is_from_seed_to_seed(folder, tmp_path):
     ckpt = tmp_path / "resnet18.pth"
     save_atomically(build_backbone("resnet18").state_dict(), str(ckpt))

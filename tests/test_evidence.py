@@ -228,6 +228,7 @@ def test_the_picture_is_drawn(tmp_path):
             evidence.main([f"--runs={tmp_path}", f"--picture={path}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", ["tinyin40_seen", "tinyin40_one_seed"])
 def test_the_tables_of_results_are_those_of_the_kept_answers(capsys, runs):
     evidence.main([f"--runs={ROOT / 'results' / runs}"])

@@ -75,6 +75,7 @@ def assert_the_same_run(expected, got, log=True):
 # --- killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, precision, kills", [(1, "fp32", 12), (1, "bf16", 3), (2, "fp32", 5)]
 )
@@ -83,17 +84,15 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
 ):
     """SIGKILL at 20 random moments in all, to the process or one of two ranks: bit for bit.
 
-    In bf16 the run that is killed has its images on the device, the one that is not has none there.
+    Every other process that is killed has a loading process, the others have their images on the
+    device.
     """
     expected, rng = whole(processes, precision), random.Random(processes)
-    run = RUN | dict(cache="auto") if precision == "bf16" else RUN
+    options = RUN | dict(data=folder, out_dir=tmp_path, precision=precision)
     killed = []
     for _ in range(40):
-        process = launched(
-            "train.py",
-            *arguments(data=folder, out_dir=tmp_path, precision=precision, **run),
-            processes=processes,
-        )
+        options["cache"] = ("off", "auto")[len(killed) % 2]
+        process = launched("train.py", *arguments(**options), processes=processes)
         if len(killed) < kills:
             before, begun = reached(tmp_path), time.time()
             while (
@@ -134,6 +133,7 @@ def ranks_of(process):
         return [int(pid) for pid in file.read().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 6)])
 def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, number):
     options = arguments(data=folder, out_dir=tmp_path, **RUN)
@@ -146,6 +146,7 @@ def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, num
     ended(killed, 60)  # its loading worker has left, too
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_path, whole):
     """With nothing forked: torchrun itself and fresh ranks, which end as the forked ones."""
     begun = time.time()
@@ -167,6 +168,7 @@ def test_a_killed_rank_is_replaced_and_the_run_goes_on_by_itself(folder, tmp_pat
 # --- told to end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
 )
@@ -198,6 +200,7 @@ def test_told_to_end_it_saves_within_a_step_and_continues(
 # --- disk
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_step(folder, tmp_path, whole):
     code, errors = ended(
         launched("tests/inject.py", "full:4:9", *arguments(data=folder, out_dir=tmp_path, **RUN))
@@ -215,6 +218,7 @@ def test_a_full_disk_costs_no_step(folder, tmp_path, whole):
     }  # what could not be written is missing, no line is broken
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(folder, tmp_path, whole):
     options = arguments(data=folder, out_dir=tmp_path, **RUN)
     code, errors = ended(launched("tests/inject.py", "full:17:1000", *options))
@@ -238,6 +242,7 @@ can_mount = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not can_mount,
     reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)",
@@ -260,6 +265,7 @@ def test_a_folder_that_becomes_read_only_costs_no_step(folder, tmp_path, whole):
     assert set(logged(tmp_path)) == {1, 2, 3, 4, *range(10, 21)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not can_mount,
     reason="this system lets no user mount a folder read-only (unshare --map-root-user --mount)",
@@ -309,6 +315,7 @@ def test_a_line_cut_short_by_a_full_disk_is_taken_back(tmp_path, capsys):
     ] and folder.records()[0]["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
     code, errors = ended(
         launched(
@@ -393,6 +400,7 @@ def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_co
     assert run.skipped.tolist() == [1, 0] and all(center.any() for center in run.centers.values())
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both_and_counted(folder, tmp_path):
     code, errors = ended(
         launched(
@@ -410,6 +418,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both_and_counted(fo
     assert all(np.isfinite(loss) for step, loss in logged(tmp_path).items() if step != 7)
 
 
+@pytest.mark.slow
 def test_many_in_a_row_stop_the_run_and_name_step_and_samples(folder, tmp_path):
     code, errors = ended(
         launched(
@@ -434,6 +443,7 @@ def test_many_in_a_row_stop_the_run_and_name_step_and_samples(folder, tmp_path):
 # --- started otherwise
 
 
+@pytest.mark.slow
 def test_other_ranks_workers_and_accumulation_after_a_restart_are_the_same_run(folder, tmp_path):
     options = dict(RUN, optimizer="sgd", lr=0.02, freeze_last_layer=0)
     run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a", **options))
@@ -463,6 +473,7 @@ def test_other_ranks_workers_and_accumulation_after_a_restart_are_the_same_run(f
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(folder, tmp_path):
     options = arguments(data=folder, out_dir=tmp_path, **RUN)
     first = launched("train.py", *options)

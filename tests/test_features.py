@@ -299,6 +299,7 @@ def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
 # --- the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line_compares_two_runs(folder, tmp_path):
     for method in ("clever", "dino"):
         options = dict(data=folder, method=method, out_dir=tmp_path / method)

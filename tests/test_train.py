@@ -211,6 +211,7 @@ def test_bfloat16_step_is_close_to_float32(folder):
         torch.testing.assert_close(terms[0][name], terms[1][name], rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_step_is_the_eager_step(folder):
     import shutil
 
@@ -298,12 +299,13 @@ def test_a_block_that_fails_to_compile_runs_eagerly(folder, monkeypatch, fails, 
 # --- processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         dict(),
         dict(method="dino"),
-        dict(arch="resnet18", img_size=64, local_size=32, lr=0.0005),
+        dict(arch="resnet18", lr=0.0005),
         dict(method="simsiam", local_crops=0),
         dict(method="ddcl", local_crops=0, orth="cosine", lambda_preg=0.01),
     ],

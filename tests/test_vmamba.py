@@ -209,6 +209,7 @@ def interpret_triton():
     compare_triton("cpu", torch.float32, 1e-4, [(1, 33, 1, 11, 6)])
 
 
+@pytest.mark.slow
 def test_triton_kernels_in_the_interpreter():
     """Small tiles, so that chunks and blocks of channels meet; then the tile that is shipped.
 
@@ -259,6 +260,7 @@ def compile_triton(capability):
     assert Compiler.compiled == 3 * 2 + 3
 
 
+@pytest.mark.slow
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
     """The interpreter accepts what the compiler refuses, as a variable that changes its type."""
     pytest.importorskip("triton", reason="Triton is not installed here")
