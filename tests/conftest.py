@@ -160,7 +160,7 @@ def run_script(*command, check=True, timeout=300, **how):
         out, err = process.communicate(timeout=30)
         pytest.fail(f"no end after {timeout} s: {' '.join(process.args)}\n{out}\n{err}")
     finally:
-        process.kill()  # if it still runs
+        process.send_signal(signal.SIGTERM)  # after Ctrl-C; nothing if it has ended
     done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -53,7 +53,9 @@ class Forked:
         socket.send_fds(server()[0], [request], written)
         for file in set(written):
             os.close(file)
-        self.pid = int(self._status.readline())
+        line = self._status.readline()
+        assert line, "the server has ended"
+        self.pid = int(line)
 
     def _read(self, name):
         """Read all that the script prints into a new pipe, beside the test -> its other end."""
@@ -169,17 +171,22 @@ def become(environment, printed=(), is_buffered=True):
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     os.environ.update(environment)
-    out = io.FileIO(1, "w", closefd=False)
-    out = io.BufferedWriter(out) if is_buffered else out
-    sys.stdout = io.TextIOWrapper(out, write_through=not is_buffered)
-    error = io.BufferedWriter(io.FileIO(2, "w", closefd=False))
-    sys.stderr = io.TextIOWrapper(error, errors="backslashreplace", line_buffering=True)
+    is_buffered = is_buffered and not environment.get("PYTHONUNBUFFERED")
+    sys.stdout = text_file(1, is_buffered)
+    sys.stderr = text_file(2, is_buffered, errors="backslashreplace", line_buffering=is_buffered)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if environment.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
+
+
+def text_file(number, is_buffered, **how):
+    """Return an open file as Python opens stdout and stderr; unbuffered: as with python -u."""
+    file = io.FileIO(number, "w", closefd=False)
+    file = io.BufferedWriter(file) if is_buffered else file
+    return io.TextIOWrapper(file, sys.stdout.encoding, write_through=not is_buffered, **how)
 
 
 def run(command):

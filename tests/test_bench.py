@@ -53,6 +53,7 @@ def test_a_rows_two_sides_run_and_agree(make, images):
         assert bench.count_flops(row.ours) > 1e5
 
 
+@pytest.mark.slow
 def test_a_row_is_timed_on_both_sides():
     config = bench.BenchConfig(repeats=1)
     name = "label propagation, 30x52 patches of 8 frames"
