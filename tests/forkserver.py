@@ -172,8 +172,8 @@ def become(environment, printed=(), is_buffered=True):
     os.environ.clear()
     os.environ.update(environment)
     is_buffered = is_buffered and not environment.get("PYTHONUNBUFFERED")
-    sys.stdout = text_file(1, is_buffered)
-    sys.stderr = text_file(2, is_buffered, errors="backslashreplace", line_buffering=is_buffered)
+    sys.stdout = text_file(1, sys.stdout, is_buffered)
+    sys.stderr = text_file(2, sys.stderr, is_buffered, line_buffering=is_buffered)
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
@@ -182,11 +182,12 @@ def become(environment, printed=(), is_buffered=True):
         faulthandler.enable()
 
 
-def text_file(number, is_buffered, **how):
-    """Return an open file as Python opens stdout and stderr; unbuffered: as with python -u."""
+def text_file(number, like, is_buffered, line_buffering=False):
+    """Return stdout or stderr as Python opens it, `like` another's; unbuffered: as python -u."""
     file = io.FileIO(number, "w", closefd=False)
     file = io.BufferedWriter(file) if is_buffered else file
-    return io.TextIOWrapper(file, sys.stdout.encoding, write_through=not is_buffered, **how)
+    buffering = dict(line_buffering=line_buffering, write_through=not is_buffered)
+    return io.TextIOWrapper(file, like.encoding, like.errors, **buffering)
 
 
 def run(command):

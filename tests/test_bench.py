@@ -43,6 +43,7 @@ SMALL_ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, images", SMALL_ROWS.values(), ids=SMALL_ROWS)
 def test_a_rows_two_sides_run_and_agree(make, images):
     row = make()

@@ -547,6 +547,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(
     assert not list((tmp_path / "cut").glob("*.partial*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, tests",
     [
@@ -600,6 +601,7 @@ def test_one_broken_file_in_a_small_slice_does_not_stop_an_evaluation(folder, tm
     assert {row["n"] for row in rows_of(tmp_path)[0]} == {40}
 
 
+@pytest.mark.slow
 def test_fine_tuning_that_diverges_says_so(folder, run_folder, tmp_path):
     ckpt = run_folder / "clever" / "ckpt.pt"
     command = [f"--ckpt={ckpt}", "--task=folder", f"--data={folder}", f"--out={tmp_path}", *QUICK]

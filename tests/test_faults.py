@@ -329,6 +329,7 @@ def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
 # --- numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet18"])
 def test_a_step_that_is_not_finite_moves_nothing(folder, monkeypatch, optimizer, arch):

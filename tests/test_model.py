@@ -309,6 +309,7 @@ def test_building_a_backbone_leaves_its_buffers_and_the_generator_alone(name):
 # --- files
 
 
+@pytest.mark.slow
 def test_third_party_files_load_strictly(tmp_path):
     torch.manual_seed(0)
     vit, resnet = model.build_backbone("vit_tiny", 64, 8), torchvision.models.resnet18()

@@ -595,6 +595,7 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
     }
 
 
+@pytest.mark.slow
 def test_one_picture_and_the_built_in_ones(ckpt, tmp_path, capsys):
     torchvision.io.write_png(shapes.shapes("val", 96, 1).read(0), str(tmp_path / "photo.png"))
     result, said = run(
@@ -632,6 +633,7 @@ def test_only_what_cannot_be_read_is_skipped(ckpt, tmp_path, task):
         eval_seg.main([f"--ckpt={tmp_path}/ckpt.pt", f"--task={task}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vmamba_micro"])
 def test_maps_of_other_backbones(name, tmp_path, capsys):
     torch.manual_seed(0)

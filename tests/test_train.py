@@ -256,6 +256,7 @@ def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
     assert train.make_run(tiny_config(), 5, HERE).config.compile is False  # the CPU's default
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["forward", "backward"])
 def test_a_block_that_fails_to_compile_runs_eagerly(folder, monkeypatch, fails, scans_put_back):
     """As on a GPU, where nobody has asked for it; with --compile=True it is an error."""

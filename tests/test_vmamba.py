@@ -390,6 +390,7 @@ def test_drop_path_factors_of_a_sample_are_its_own():
     assert not torch.allclose(backbone(x, half)[1], backbone(x, scale)[1])
 
 
+@pytest.mark.slow
 def test_published_files_load_strictly(tmp_path, monkeypatch):
     torch.manual_seed(0)
     state = build_backbone("vmamba_micro").state_dict()
@@ -460,6 +461,7 @@ def test_decay_rates_do_not_decay():
     assert not any(name.endswith(vmamba.NO_DECAY) for name in matrices)
 
 
+@pytest.mark.slow
 def test_it_trains_through_train_py_and_is_evaluated_like_the_others(folder, tmp_path):
     options = dict(arch="vmamba_micro", img_size=32, local_size=32, data=folder)
     done = run_script("train.py", *arguments(**options, drop_path=0.2, out_dir=tmp_path))
