@@ -17,7 +17,8 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-from lib.packed import copy_packed, run_compiled
+from lib.compiled import run_compiled
+from lib.packed import copy_packed
 from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize
 from lib.rng import fork, sample_seeds, uniforms
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import checkpoint, data, features, linear, machine, results
+from lib import checkpoint, data, features, linear, machine, results, sources
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError, configure, did_you_mean, option
 from lib.rng import fork, uniforms
@@ -174,9 +174,9 @@ def open_task(config, trained, size):
         config.data, config.classes, config.data_root, config.download, size
     )
     if config.subset_list:
-        train = data.subset(train, data.indices_in_list(train, config.subset_list))
+        train = data.subset(train, sources.indices_in_list(train, config.subset_list))
     elif entry.share < 1:
-        train = data.subset(train, data.stratified_share(train.labels, entry.share, config.seed))
+        train = data.subset(train, sources.stratified_share(train.labels, entry.share, config.seed))
     clean = linear.perturbation_tests("orig")
     images = (config.task, train, test, len(train.classes))
     task = linear.Task(*images, linear.flipped, linear.own_label, clean, chosen_on=clean)
@@ -294,7 +294,7 @@ def main(argv):
     task = open_task(config, trained, size)
     n_fit = len(task.train)
     if config.mode == "linear":
-        n_fit = len(data.hold_out(task.train.labels, config.held_out, config.seed)[0])
+        n_fit = len(sources.hold_out(task.train.labels, config.held_out, config.seed)[0])
     config.batch_size = features.batch_size_of(config.batch_size, n_fit, here.world)
     protocol = results.protocol_of(config, models, task, size, here)
     state = checkpoint.EvalState(folder, protocol)

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import checkpoint, data, features, linear, machine, results
+from lib import checkpoint, data, features, linear, machine, results, sources
 from lib.config import UsageError, configure, option
 
 PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (authors' README)
@@ -80,7 +80,7 @@ class LinearConfig(linear.ClassifierConfig):
 def published_rows(models, classes, tests):
     """Return the authors' numbers for models and tests of their table, if classes are IN-100's."""
     in100 = Path(__file__).parent / "configs" / "in100_classes.txt"
-    if sorted(classes) != sorted(data.read_classes(in100)):
+    if sorted(classes) != sorted(sources.read_classes(in100)):
         return []
     rows = []
     for model in models:
@@ -114,7 +114,7 @@ def main(argv):
     )
     about = f"{len(train)} training images"
     if not is_ridge:
-        fit, _ = data.hold_out(train.labels, config.held_out, config.seed)
+        fit, _ = sources.hold_out(train.labels, config.held_out, config.seed)
         config.batch_size = features.batch_size_of(config.batch_size, len(fit), here.world)
         about += f" ({config.held_out:.0%} held out), {config.epochs} epochs"
         about += f", batch {config.batch_size}"

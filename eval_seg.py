@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import data, features, machine, results, shapes
+from lib import data, features, machine, results, shapes, sources
 from lib.config import EvalConfig, UsageError, configure, option
 from lib.images import EXTENSIONS
 
@@ -373,7 +373,7 @@ def davis_videos(folder):
     names = sorted(entry.name for entry in images.iterdir() if entry.is_dir())
     if listed.is_file():
         names = listed.read_text().split()
-        data.check_inside(names, listed)  # masks will be written under these names
+        sources.check_inside(names, listed)  # masks will be written under these names
     videos = []
     for name in names:
         files = image_files(images / name)

@@ -1,4 +1,7 @@
-"""What torch.compile compiles: a backbone's blocks, where this machine can. Says so in a line."""
+"""What torch.compile compiles: a backbone's blocks; on a GPU the losses' and the views' operations.
+
+Where it fails, the same functions run eagerly, and a line says why.
+"""
 
 import functools
 import importlib.util
@@ -10,6 +13,52 @@ from lib import machine
 from lib.config import UsageError
 
 import torch
+
+COMPILERS = {"cuda": "inductor"}  # device -> torch.compile's backend of functions; none: eager
+EAGER = set()  # what failed to compile, "losses" or "views", and is eager since
+
+
+def run_compiled(what, function, images, *arguments, **options):
+    """Return function(images, ...), compiled as one graph for each shape of its tensors."""
+    device = images.device
+    whole = dict(dynamic=False, fullgraph=True)
+    return or_eagerly(
+        what,
+        device,
+        lambda: compiled(what, function, device, **whole)(images, *arguments, **options),
+    )
+
+
+def or_eagerly(what, device, compute):
+    """Return compute(). If it fails and `what` is compiled, `what` is eager from now on: again."""
+    try:
+        return compute()
+    except Exception as error:
+        if not _backend(what, device):
+            raise
+        EAGER.add(what)
+        print(f"{what} are not compiled: {type(error).__name__}: {_one_line(error)}", flush=True)
+    return compute()
+
+
+def compiled(what, function, device, **options):
+    """Return the function compiled for the device, or itself if `what` is eager there."""
+    backend = _backend(what, device)
+    return _compile(function, backend, **options) if backend else function
+
+
+def _backend(what, device):
+    return None if what in EAGER else COMPILERS.get(device.type)
+
+
+@functools.cache
+def _compile(function, backend, **options):
+    torch._dynamo.config.recompile_limit = 64  # a graph for each size of views and each recipe
+    return torch.compile(function, backend=backend, **options)
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200]
 
 
 def compile_blocks(networks, wanted, device):
@@ -79,5 +128,5 @@ def why_not(device):
         headers = sysconfig.get_path("include", "posix_prefix")  # where Triton looks
         if not os.path.exists(os.path.join(headers, "Python.h")):
             return "no Python.h; install python3-dev"
-        why = " ".join(str(error).split())[:200]
+        why = _one_line(error)
         return f"{type(error).__name__}: {why}; TORCH_LOGS=+inductor shows more"

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
-from lib import processor, resident
+from lib import resident
 from lib.config import UsageError
 from lib.images import UNREADABLE as UNREADABLE  # other files take these from here
 from lib.images import BrokenFiles as BrokenFiles
@@ -24,15 +24,10 @@ from lib.images import cache_in_ram, limit_decode, read_or_reason
 from lib.images import decode as decode
 from lib.images import reason as reason
 from lib.images import subset as subset
+from lib.processor import local_ranks, view_stream
 from lib.resident import place
 from lib.rng import fork, sample_seeds, to_device
-from lib.sources import TORCHVISION as TORCHVISION
-from lib.sources import check_inside as check_inside
-from lib.sources import hold_out as hold_out
-from lib.sources import indices_in_list as indices_in_list
-from lib.sources import open_images as open_images
-from lib.sources import read_classes as read_classes
-from lib.sources import stratified_share as stratified_share
+from lib.sources import open_images
 
 import numpy as np
 import torch
@@ -70,7 +65,7 @@ def loading_workers(wanted):
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return min(16, max(0, cores // local_ranks() - 1))
 
 
 def check_shared_memory(config, here):
@@ -81,7 +76,7 @@ def check_shared_memory(config, here):
     pixels = 2 * config.img_size**2 + config.local_crops * config.local_size**2
     batch = config.batch_size // here.world * 3 * pixels  # bytes
     # a worker holds PREFETCH ready ones and the one it makes
-    needed = batch * (PREFETCH + 1) * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = batch * (PREFETCH + 1) * workers * local_ranks()
     free = shutil.disk_usage("/dev/shm").free
     if needed > free:
         sizes = f"{needed / 1e9:.2f} GB of batches, /dev/shm has {free / 1e9:.2f} GB free"
@@ -250,7 +245,7 @@ def train_loader(images, config, start, stop, here):
     """Yield a Batch for each of the steps start .. stop-1, all epochs, with the same workers."""
     size, seed = config.batch_size, config.seed
     steps = Schedule(len(images), size, seed, start, stop, here.rank, here.world)
-    stream = processor.view_stream(here.device)
+    stream = view_stream(here.device)
     return _loader(
         _samples(images, seed, _views(config), here, stream), steps, config.workers, here
     )
@@ -260,7 +255,7 @@ def first_batch(images, config, n, here):
     """Return the Batch of the run's first n samples; before it 6 whole images (6, 3, G, G)."""
     [first] = Schedule(len(images), config.batch_size, config.seed, 0, 1)
     whole = _samples(images, config.seed, _one_crop(config.img_size), here)
-    stream = processor.view_stream(here.device)
+    stream = view_stream(here.device)
     views = _samples(images, config.seed, _views(config), here, stream)
     return whole.__getitems__(first[: min(n, 6)])[0].cpu(), Batch(*views.__getitems__(first[:n]))
 

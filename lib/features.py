@@ -5,7 +5,7 @@ import math
 import sys
 from typing import NamedTuple
 
-from lib import data, machine
+from lib import data, machine, sources
 from lib.config import UsageError, did_you_mean
 from lib.processor import exact_fp32
 from lib.results import percent, result_row, results_folder
@@ -323,7 +323,7 @@ def data_of(config, trained):
     if not source:
         raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
     classes = config.classes
-    if not classes and source not in ("shapes", *data.TORCHVISION):
+    if not classes and source not in ("shapes", *sources.TORCHVISION):
         classes = trained.get("classes", "")
     return source, "" if config.classes == "all" else classes
 

@@ -10,13 +10,14 @@ fuses the passes over the logits.
 import functools
 import math
 
+from lib.compiled import compiled, or_eagerly
+
 import torch
 import torch.nn.functional as F
 
 import losses
 
 CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**23}  # logits held at a time: 256 MB, 32 MB
-COMPILERS = {"cuda": "inductor"}  # device -> torch.compile's backend; none, or it fails: eager
 
 
 def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
@@ -34,21 +35,14 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
     """
     check_term(term)
     given = (term, student, layer, teacher, teacher_layer, center, temps, chunk)
-    try:
-        return _in_chunks(*given)
-    except Exception as error:
-        if COMPILERS.pop(student.device.type, None) is None:
-            raise
-        why = " ".join(str(error).split())[:200]
-        print(f"losses are not compiled: {type(error).__name__}: {why}", flush=True)
-    return _in_chunks(*given)
+    return or_eagerly("losses", student.device, lambda: _in_chunks(*given))
 
 
 def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chunk):
     V, B, _ = student.shape
     student_temp, teacher_temp = temps
-    backend = COMPILERS.get(student.device.type)
-    teacher_side, value_of = (_compiled(f, backend) for f in (_teacher_side, _value))
+    functions = (_teacher_side, _value)
+    teacher_side, value_of = (compiled("losses", f, student.device) for f in functions)
     with torch.autocast(student.device.type, enabled=False):
         prototypes = layer.prototypes()  # (K, d), differentiable: the weight norm's own backward
         with torch.no_grad():
@@ -74,11 +68,6 @@ def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chun
                 grad_W.addmm_(gradient.T, u)
         loss = _PrecomputedGrad.apply(loss, grad_student, grad_W, student, prototypes)
     return loss, teacher_sum / (2 * B), entropy / (2 * B)
-
-
-@functools.cache
-def _compiled(function, backend):
-    return torch.compile(function, backend=backend) if backend else function
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from lib.config import UsageError
+from lib.processor import local_ranks
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ def free_memory(device=CPU):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free / local_ranks()
 
 
 def read_or_reason(read, i):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import data, rng
+from lib import data, rng, sources
 from lib.config import EvalConfig, UsageError, did_you_mean, option
 from lib.features import (
     check_finite,
@@ -327,7 +327,7 @@ def linear_probe(models, task, config, size, here, state, knn=False):
     rows, begun = state.read(("rows", "epoch", "seed", "classifiers", "optimizer", "scheduler"))
     for seed in range(config.seed, config.seed + config.seeds):
         if not any(row["seed"] == seed for row in rows):
-            fit, held = data.hold_out(task.train.labels, config.held_out, seed)
+            fit, held = sources.hold_out(task.train.labels, config.held_out, seed)
             classifiers = probe.fit(data.subset(task.train, fit), seed, state, rows, begun)
             rows += probe.rows(classifiers, data.subset(task.train, held), seed, knn)
     return rows

@@ -28,6 +28,11 @@ def choose_device(name):
     return torch.device("cuda", local_rank)
 
 
+def local_ranks():
+    """Return how many ranks of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def keep_freed_memory():
     """Tell the C library to keep freed memory. No effect if the library is not glibc.
 

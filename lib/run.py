@@ -6,9 +6,8 @@ import functools
 import os
 from dataclasses import asdict, dataclass
 
-from lib import data, fused, machine, packed, processor, rng
+from lib import compiled, data, machine, processor, rng
 from lib.batchnorm import sync_batch_norm
-from lib.compiled import compile_blocks
 from lib.config import Config, UsageError
 from lib.weights import load_backbone
 
@@ -70,9 +69,8 @@ class Run:
             ids = [device.index] if device.type == "cuda" else None
             student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         if config.compile is False:  # nor the losses' and the views' operations
-            fused.COMPILERS.clear()
-            packed.COMPILERS.clear()
-        config.compile, compiled = compile_blocks(networks, config.compile, device)
+            compiled.COMPILERS.clear()
+        config.compile, line = compiled.compile_blocks(networks, config.compile, device)
         # a search for the fastest kernel pays for many convolutions of fixed shapes, not for one
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
@@ -93,7 +91,7 @@ class Run:
             centers=centers,
             skipped=torch.zeros(2, dtype=torch.int64, device=device),
             stream=processor.view_stream(device),
-            compiled=compiled,
+            compiled=line,
         )
 
     def views(self, batch):

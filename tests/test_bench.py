@@ -65,6 +65,7 @@ def test_a_row_is_timed_on_both_sides():
     assert bench.table_line(row).count("|") == 7
 
 
+@pytest.mark.slow
 def test_a_profile_shares_out_a_rows_time(capsys):
     bench.main(["--profile=True", "--rows=label propagation", "--device=cpu"])
     title, *lines = capsys.readouterr().out.splitlines()

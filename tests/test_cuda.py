@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import sysconfig
 
-from lib import compiled, data, processor, rng
+from lib import compiled, data, processor, rng, sources
 from lib import run as run_module
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError
@@ -188,8 +188,8 @@ def test_without_a_compiler_a_run_is_eager_and_says_so(monkeypatch, folder, fres
     with pytest.raises(UsageError, match=r"^compile=True: .*, or omit --compile$"):
         compiled.compile_blocks([network], True, GPU)
 
-    monkeypatch.setattr(run_module, "compile_blocks", lambda *_: (wanted, line))
-    images, config = data.open_images(str(folder), "train"), tiny_config()
+    monkeypatch.setattr(compiled, "compile_blocks", lambda *_: (wanted, line))
+    images, config = sources.open_images(str(folder), "train"), tiny_config()
     run = train.make_run(config, 5, HERE)
     assert run.config.compile is False
     assert f"\n{line}\n" in run_module.first_screen(run, 0, images)
@@ -338,6 +338,7 @@ machine.wait_for_ranks()
 """
 
 
+@pytest.mark.slow
 def test_batch_norm_over_ranks_is_that_of_the_whole_batch(tmp_path):
     """Output, gradients, running means; one collective forward, one backward."""
     run_ranks(RANK_PARTS, 3, tmp_path)
@@ -404,7 +405,7 @@ def test_drop_path_is_one_copy_and_few_operations(monkeypatch):
 
 
 def test_a_step_does_not_walk_through_the_modules_again(folder, monkeypatch):
-    images, config = data.open_images(str(folder), "train"), tiny_config()
+    images, config = sources.open_images(str(folder), "train"), tiny_config()
     run = train.make_run(config, 5, HERE)
     walks, named_parameters = [], run.network.named_parameters
     monkeypatch.setattr(

@@ -5,7 +5,7 @@ import pickle
 import zipfile
 from itertools import chain
 
-from lib import data
+from lib import data, sources
 from lib.config import UsageError
 from lib.rng import sample_seeds
 from lib.shapes import SHAPES, moving_shapes, shape_masks, shapes
@@ -126,7 +126,7 @@ def test_what_pillow_refuses_to_reduce_is_decoded_whole(tmp_path, monkeypatch):
 def test_crops_of_smaller_decoded_images_are_the_crops(tmp_path):
     for i in range(3):
         torchvision.io.write_jpeg(photo(1000, 1200, i), str(tmp_path / f"{i}.jpg"), quality=95)
-    whole = data.open_images(str(tmp_path), "train")
+    whole = sources.open_images(str(tmp_path), "train")
     crops = [(64, (0.25, 1.0)), (48, (0.1, 0.4))]
     config = tiny_config(
         img_size=64, global_scale=crops[0][1], local_size=48, local_scale=crops[1][1]
@@ -178,7 +178,7 @@ def make_tree(root, good, broken=()):
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
     root = make_tree(tmp_path / "tree", 120, [name])
     (root / "folder.jpg").mkdir()  # a directory is no image file
-    images = data.open_images(str(root), "train")
+    images = sources.open_images(str(root), "train")
     assert len(images) == 121
     batch = next(iter(data.train_loader(images, tiny_config(batch_size=121), 0, 1, HERE)))
     assert len(batch.global_crops) == 121
@@ -191,7 +191,7 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
 
 
 def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
-    images = data.open_images(str(make_tree(tmp_path / "tree", 12, ["zero.jpg"])), "train")
+    images = sources.open_images(str(make_tree(tmp_path / "tree", 12, ["zero.jpg"])), "train")
     cached = data.cache_in_ram(images, "tree", 2)
     (bad,) = (i for i in range(13) if "zero" in images.name(i))
     for i in set(range(13)) - {bad}:
@@ -205,7 +205,7 @@ def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
 
 
 def test_more_than_one_percent_broken_stops(tmp_path):
-    images = data.open_images(str(make_tree(tmp_path / "tree", 20, ["zero.jpg"])), "train")
+    images = sources.open_images(str(make_tree(tmp_path / "tree", 20, ["zero.jpg"])), "train")
     batch = next(iter(data.train_loader(images, tiny_config(batch_size=21), 0, 1, HERE)))
     message = "1 of 21 images are broken, more than 1%, such as .*zero.jpg"
     with pytest.raises(UsageError, match=message):
@@ -214,7 +214,7 @@ def test_more_than_one_percent_broken_stops(tmp_path):
 
 def test_images_can_be_sent_to_workers_of_any_kind(folder, tmp_path):
     """Where processes are not forked, they get the Images pickled."""
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     limited = data.limit_decode(images, tiny_config())
     cached = data.cache_in_ram(data.subset(images, [3, 4]), "folder", 1)
     for some in (images, limited, cached, shapes("train", 32, 4)):
@@ -231,13 +231,13 @@ def test_folders(folder, tmp_path):
         assert f"/{train.classes[train.labels[i]]}/" in train.name(i)
     chosen = tmp_path / "list.txt"
     chosen.write_text("# two of ten\ntee a letter\nkey\n")
-    some = data.open_images(str(folder), "train", str(chosen))
+    some = sources.open_images(str(folder), "train", str(chosen))
     assert some.classes == ["key", "tee"] and len(some) == 16 and "key" in some.name(0)
-    flat = data.open_images(str(folder / "train" / "key"), "train")
+    flat = sources.open_images(str(folder / "train" / "key"), "train")
     assert len(flat) == 8 and (flat.labels == -1).all()
-    assert data.open_images(str(folder / "train" / "key"), "val") is None
+    assert sources.open_images(str(folder / "train" / "key"), "val") is None
     # any tree: the class folders are just folders
-    deep = data.open_images(str(folder / "val"), "train")
+    deep = sources.open_images(str(folder / "val"), "train")
     assert len(deep) == 40 and (deep.labels == -1).all() and deep.classes == []
 
 
@@ -263,7 +263,7 @@ def test_folders(folder, tmp_path):
 def test_unusable_data_is_one_line(tmp_path, make, message):
     options = make(tmp_path)
     with pytest.raises(UsageError, match=message) as error:
-        data.open_images(split="train", **options)
+        sources.open_images(split="train", **options)
     assert "\n" not in str(error.value)
 
 
@@ -287,7 +287,7 @@ def test_a_class_list_that_does_not_match_is_refused(folder, tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(UsageError, match=message):
-            data.open_images(str(folder), "train", str(path))
+            sources.open_images(str(folder), "train", str(path))
 
 
 def test_torchvision_formats_are_read(tmp_path):
@@ -296,7 +296,7 @@ def test_torchvision_formats_are_read(tmp_path):
     folder.mkdir()
     (folder / "data_batch_1").write_bytes(b"not the real one")
     with pytest.raises(UsageError, match="cifar10: not in"):
-        data.open_images("cifar10", "train", root=str(tmp_path))
+        sources.open_images("cifar10", "train", root=str(tmp_path))
 
 
 def test_in_memory_sets_of_torchvision(monkeypatch):
@@ -315,10 +315,10 @@ def test_in_memory_sets_of_torchvision(monkeypatch):
         labels = np.array([3, 1], dtype=np.uint8)
         targets = None
 
-    monkeypatch.setitem(data.TORCHVISION, "cifar10", (Cifar, [True], [False]))
-    monkeypatch.setitem(data.TORCHVISION, "stl10", (Stl, [True], [False]))
+    monkeypatch.setitem(sources.TORCHVISION, "cifar10", (Cifar, [True], [False]))
+    monkeypatch.setitem(sources.TORCHVISION, "stl10", (Stl, [True], [False]))
     for name in ("cifar10", "stl10"):
-        images = data.open_images(name, "train")
+        images = sources.open_images(name, "train")
         expected = torch.from_numpy(Cifar.data[1]).permute(2, 0, 1)
         assert torch.equal(images.read(1), expected) and images.classes == list("abcd")
         assert images.labels.tolist() == [3, 1] and images.labels.dtype == torch.int64
@@ -329,7 +329,7 @@ def test_in100_list_is_cmcs(tmp_path, monkeypatch):
     """A list is also found from the project's folder, wherever a run is started."""
     assert (ROOT / "configs" / "in100_classes.txt").is_file()
     monkeypatch.chdir(tmp_path)
-    names = data.read_classes("configs/in100_classes.txt")
+    names = sources.read_classes("configs/in100_classes.txt")
     assert len(names) == 100 and all(name[0] == "n" and len(name) == 9 for name in names)
 
 
@@ -389,7 +389,7 @@ def test_schedule_is_a_permutation_an_epoch_split_among_ranks():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, workers):
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     alone = list(data.train_loader(images, tiny_config(workers=0), 3, 6, HERE))
     many = list(data.train_loader(images, tiny_config(workers=workers), 3, 6, HERE))
     assert len(alone) == len(many) == 3
@@ -399,7 +399,7 @@ def test_workers_change_nothing(folder, workers):
 
 
 def test_the_first_batch_is_the_runs(folder):
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     whole, first = data.first_batch(images, tiny_config(), 5, HERE)
     batch = next(iter(data.train_loader(images, tiny_config(), 0, 1, HERE)))
     assert all(torch.equal(a, b[:5]) for a, b in zip(first[:4], batch[:4]))
@@ -409,7 +409,7 @@ def test_the_first_batch_is_the_runs(folder):
 
 
 def test_a_batch_is_split_evenly(folder):
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     batch = next(iter(data.train_loader(images, tiny_config(batch_size=12), 0, 1, HERE)))
     for limit, parts in ((100, 1), (12, 1), (11, 2), (5, 3), (1, 12)):
         split = data.split_batch(batch, limit)
@@ -419,7 +419,7 @@ def test_a_batch_is_split_evenly(folder):
 
 
 def test_eval_loader_visits_each_image_once(folder):
-    images = data.open_images(str(folder), "val")
+    images = sources.open_images(str(folder), "val")
     labels = []
     for rank in range(3):
         loader = data.eval_loader(images, 32, 7, 0, HERE._replace(rank=rank, world=3))
@@ -429,7 +429,7 @@ def test_eval_loader_visits_each_image_once(folder):
 
 
 def test_random_crops_of_evaluations_are_a_function_of_seed_and_epoch(folder):
-    images = data.open_images(str(folder), "val")
+    images = sources.open_images(str(folder), "val")
     steps = data.Schedule(40, 8, 3, 0, 5)
     for crops, seeds, labels, broken in data.crop_loader(images, 32, (0.2, 1.0), steps, 0, HERE):
         assert crops.shape == (8, 3, 32, 32) and len(labels) == 8 and broken == []
@@ -443,7 +443,7 @@ def test_random_crops_of_evaluations_are_a_function_of_seed_and_epoch(folder):
 def test_real_photographs(tmp_path):
     with zipfile.ZipFile(SHARED / "jpeg64.zip") as archive:
         archive.extractall(tmp_path)
-    images = data.open_images(str(tmp_path / "jpeg64"), "train")
+    images = sources.open_images(str(tmp_path / "jpeg64"), "train")
     assert len(images) == 64 and len(images.classes) == 64
     crops, _, _, broken = next(iter(data.eval_loader(images, 224, 64, 0, HERE)))
     assert crops.shape == (64, 3, 224, 224) and not broken

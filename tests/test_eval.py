@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 
-from lib import checkpoint, data, linear, results
+from lib import checkpoint, data, linear, results, sources
 from lib.checkpoint import save_atomically
 from lib.config import UsageError
 from lib.features import Model
@@ -197,7 +197,7 @@ def test_held_out_images_choose_and_never_train(tmp_path, protocol):
     task = linear.Task("linear", train, test, 4, view, linear.own_label, tests, tests)
     state = checkpoint.EvalState(str(tmp_path), dict(task="linear"))
     rows = linear.linear_probe(models(), task, config, 32, HERE, state)
-    fit, held = data.hold_out(train.labels, 0.1, 0)
+    fit, held = sources.hold_out(train.labels, 0.1, 0)
     assert len(held) == 10
     assert trained_on == set(fit.tolist())
     assert evaluated_on == set(held.tolist()) | set(range(200, 220))
@@ -242,11 +242,11 @@ def test_the_chosen_learning_rate_is_the_held_out_slices_best(monkeypatch, tmp_p
 
 def test_held_out_slices_are_stratified_and_repeat():
     labels = torch.arange(1000) % 10
-    fit, held = data.hold_out(labels, 0.05, 3)
+    fit, held = sources.hold_out(labels, 0.05, 3)
     assert sorted([*fit, *held]) == list(range(1000))
     assert torch.bincount(labels[held], minlength=10).tolist() == [5] * 10
-    assert (data.hold_out(labels, 0.05, 3)[1] == held).all()
-    assert (data.hold_out(labels, 0.05, 4)[1] != held).any()
+    assert (sources.hold_out(labels, 0.05, 3)[1] == held).all()
+    assert (sources.hold_out(labels, 0.05, 4)[1] != held).any()
 
 
 @pytest.mark.parametrize("name", ["cj", "cj+flip", "cj+ro", "cj+ro180"])
@@ -298,24 +298,24 @@ def test_quarter_turns_turn_after_the_flip_and_tell_how_often():
 
 def test_a_share_of_the_labels_is_stratified_and_a_list_is_kept_to(folder, tmp_path):
     labels = torch.arange(300) % 3
-    chosen = data.stratified_share(labels, 0.1, 0)
+    chosen = sources.stratified_share(labels, 0.1, 0)
     assert torch.bincount(labels[chosen]).tolist() == [10, 10, 10]
-    assert (chosen == data.stratified_share(labels, 0.1, 0)).all()
-    assert len(data.stratified_share(labels, 0.001, 0)) == 3  # one of each at least
+    assert (chosen == sources.stratified_share(labels, 0.1, 0)).all()
+    assert len(sources.stratified_share(labels, 0.001, 0)) == 3  # one of each at least
     name = "/x/n01/n01_{}.JPEG".format
     images = data.Images(None, torch.zeros(3, dtype=torch.int64), ["n01", "n02"], name)
     listing = tmp_path / "list.txt"
     listing.write_text("n01_2.JPEG\nn01_0.JPEG\nn99_5.JPEG\n")
-    assert data.indices_in_list(images, listing).tolist() == [0, 2]
+    assert sources.indices_in_list(images, listing).tolist() == [0, 2]
     for text, message in (
         ("n01_7.JPEG\n", "not in the data"),
         ("n99_5.JPEG\n", "none of its lines"),
     ):
         listing.write_text(text)
         with pytest.raises(UsageError, match=message):
-            data.indices_in_list(images, listing)
+            sources.indices_in_list(images, listing)
     with pytest.raises(UsageError, match="No such file"):
-        data.indices_in_list(images, tmp_path / "nowhere.txt")
+        sources.indices_in_list(images, tmp_path / "nowhere.txt")
 
 
 def write_images(folder, names):
@@ -417,7 +417,7 @@ def test_flowers_are_read_with_scipy_and_say_so_without(tmp_path, monkeypatch):
 
 
 def test_published_numbers_stand_beside_in100_alone(monkeypatch, tmp_path):
-    in100 = data.read_classes("configs/in100_classes.txt")
+    in100 = sources.read_classes("configs/in100_classes.txt")
     monkeypatch.chdir(tmp_path)  # the list is found from everywhere
     known = [
         Model(method, None, 384, dict(method=method, arch="vit_small", recipe="caug"))

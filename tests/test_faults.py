@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 
-from lib import data, log
+from lib import data, log, sources
 from lib.config import UsageError
 from lib.run import Run
 from lib.rundir import RunDir
@@ -341,7 +341,7 @@ def test_a_step_that_is_not_finite_moves_nothing(folder, monkeypatch, optimizer,
             warmup_epochs=0,
             teacher_momentum=1.0,
         ),
-        data.open_images(str(folder), "train"),
+        sources.open_images(str(folder), "train"),
     )
     run = train.make_run(config, 5, HERE)
     batch = next(iter(data.train_loader(images, config, 0, 1, HERE)))
@@ -380,7 +380,7 @@ def test_a_gradient_that_overflows_leaves_centres_alone_too_and_a_resumed_run_co
     """The teacher's outputs are finite here, unlike above: only the student's way back fails."""
     config, images = (
         tiny_config(freeze_last_layer=0, warmup_epochs=0, out_dir=str(tmp_path)),
-        data.open_images(str(folder), "train"),
+        sources.open_images(str(folder), "train"),
     )
     run = train.make_run(config, 5, HERE)
     batch = next(iter(data.train_loader(images, config, 0, 1, HERE)))
@@ -780,7 +780,7 @@ def test_no_list_of_an_archive_leads_out_of_its_folder(tmp_path, name):
     ):
         (tmp_path / file).write_text(line)
     with pytest.raises(UsageError, match="leads out of its folder"):
-        data.open_images(str(tmp_path), "train")
+        sources.open_images(str(tmp_path), "train")
     (tmp_path / "JPEGImages" / "480p").mkdir(parents=True)
     (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
     (tmp_path / "ImageSets" / "2017" / "val.txt").write_text(f"judo\n{name}\n")

@@ -4,7 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
-from lib import checkpoint, data, features, machine, results, weights
+from lib import checkpoint, features, machine, results, sources, weights
 from lib.config import UsageError
 
 import pytest
@@ -74,7 +74,7 @@ def test_std_and_rank_tell_collapse_from_health():
 
 
 def test_features_are_the_backbones_in_order_and_fp32_outside_autocast(folder):
-    images = data.open_images(str(folder), "val")
+    images = sources.open_images(str(folder), "val")
     backbone = build_backbone("vit_micro", 32, 8).train()
     seen = []
 
@@ -101,7 +101,7 @@ def test_features_are_the_backbones_in_order_and_fp32_outside_autocast(folder):
 
 
 def test_a_mistyped_option_of_extract_is_an_error(folder):
-    images = data.open_images(str(folder), "val")
+    images = sources.open_images(str(folder), "val")
     backbone = build_backbone("vit_micro", 32, 8)
     with pytest.raises(TypeError, match="scales"):
         features.extract(backbone, images, [perturbation("orig")], 32, HERE, scales=(0.1, 1.0))

@@ -51,6 +51,7 @@ def test_a_fork_finds_what_a_fresh_process_finds(tmp_path, monkeypatch):
         ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     ],
 )
+@pytest.mark.slow
 def test_a_fork_ends_as_a_fresh_process_ends(tmp_path, end, code):
     """What is printed, by whom it is printed, and in which order."""
     forked, fresh = both_ways(

@@ -3,7 +3,7 @@
 import copy
 import math
 
-from lib import data, fused
+from lib import compiled, data, fused, sources
 
 import pytest
 import torch
@@ -204,7 +204,7 @@ def test_a_new_pair_term_has_its_own_gradient_through_the_fused_loss(chunk):
 
 def test_a_new_pair_term_is_an_orth_and_trains_fused_as_plain(folder, monkeypatch):
     monkeypatch.setitem(losses.PAIR_TERMS, "squares", squares)
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     weights = {}
     for orth, is_fused in (("squares", True), ("squares", False), ("dot", True)):
         config = tiny_config(
@@ -266,11 +266,12 @@ def compiled_by(monkeypatch):
 
     def choose(backend):
         torch._dynamo.reset()
-        fused._compiled.cache_clear()
-        monkeypatch.setattr(fused, "COMPILERS", {"cpu": backend})
+        compiled._compile.cache_clear()
+        monkeypatch.setattr(compiled, "COMPILERS", {"cpu": backend})
+        monkeypatch.setattr(compiled, "EAGER", set())
 
     yield choose
-    fused._compiled.cache_clear()
+    compiled._compile.cache_clear()
     torch._dynamo.reset()
 
 
@@ -291,6 +292,7 @@ def assert_equal(results, expected):
 
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("term", [*losses.PAIR_TERMS.values(), squares])
+@pytest.mark.slow
 def test_a_compiled_loss_is_the_eager_one(term, chunk, compiled_by, capsys):
     """The teacher's temperature is another at each step: no reason to compile anew."""
     temps = [0.04, 0.05, 0.06, 0.07]
@@ -298,7 +300,7 @@ def test_a_compiled_loss_is_the_eager_one(term, chunk, compiled_by, capsys):
     compiled_by("aot_eager")
     for temp, wanted in zip(temps, expected):
         assert_equal(loss_and_gradients(term, chunk, temp), wanted)
-    assert capsys.readouterr().out == "" and fused.COMPILERS
+    assert capsys.readouterr().out == "" and not compiled.EAGER
 
 
 @pytest.mark.parametrize("term", [*losses.PAIR_TERMS.values(), squares])
@@ -313,7 +315,7 @@ def test_a_compiled_term_saves_no_large_tensor_but_its_inputs(term, compiled_by)
     tables = dict(partition_fn=min_cut, decompositions=select_decomp_table)
     compiled_by(aot_autograd(fw_compiler=note, bw_compiler=note, **tables))
     logits = torch.randn(B, 64, requires_grad=True)
-    value = fused._compiled(fused._value, fused.COMPILERS["cpu"])
+    value = compiled.compiled("losses", fused._value, logits.device)
     value(term, [torch.rand(B, 64)], logits, 0.1, 8).backward()
     assert large == [[(B, 64)] * 2] * 2  # of forward and of backward: q and logits
 
@@ -337,7 +339,7 @@ def test_a_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once(
             assert torch.equal(got, wanted)
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("losses are not compiled: ") and "no compiler" in line
-    assert not fused.COMPILERS
+    assert {"losses"} == compiled.EAGER
 
 
 def test_an_error_of_the_caller_is_no_error_of_the_compiler(compiled_by):
@@ -396,13 +398,13 @@ def test_a_loss_compiled_for_a_gpu_is_the_eager_one(term, monkeypatch):
     given = layers[0], teacher, layers[1], torch.zeros(8192, device="cuda"), (0.1, 0.04), 8
     results = []
     for backends in (["inductor"], []):
-        monkeypatch.setattr(fused, "COMPILERS", dict(zip(["cuda"], backends)))
+        monkeypatch.setattr(compiled, "COMPILERS", dict(zip(["cuda"], backends)))
         x = student.clone().requires_grad_()
         layers[0].zero_grad()
         loss, mean, entropy = fused.prototype_loss(term, x, *given)
         loss.backward()
         results.append([loss.detach(), mean, entropy, x.grad, layers[0].weight_v.grad.clone()])
-        assert list(fused.COMPILERS.values()) == backends  # it has not fallen back
+        assert not compiled.EAGER  # it has not fallen back
     for got, expected in zip(*results):
         assert (got - expected).norm() <= 1e-4 * expected.norm()
 

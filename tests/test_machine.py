@@ -60,6 +60,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize("end, code", ENDS)
+@pytest.mark.slow
 def test_a_rank_ends_though_a_thread_does_not(end, code):
     """The thread stands for one of communication; Python itself would wait for it for ever."""
     body = f"""
@@ -76,6 +77,7 @@ print("worked", end=" ")
 
 
 @pytest.mark.parametrize("end, code", ENDS)
+@pytest.mark.slow
 def test_without_torchrun_the_exit_codes_are_the_same(end, code):
     done = run_main(f"print(argv)\n{end}")
     assert done.returncode == code
@@ -85,6 +87,7 @@ def test_without_torchrun_the_exit_codes_are_the_same(end, code):
     assert done.stderr == expected.get(code, done.stderr if code == 1 else "")
 
 
+@pytest.mark.slow
 def test_the_error_of_a_loaders_worker_is_one_line():
     body = """
 from torch.utils.data import DataLoader
@@ -101,6 +104,7 @@ for _ in DataLoader(Broken(), num_workers=1):
     assert done.stderr == "-c: data=x: is broken; fix it\n"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_keep_a_rank_alive():
     body = "import threading\nthreading.Thread(target=threading.Event().wait).start()\nprint(1)"
     read, write = os.pipe()
@@ -151,6 +155,7 @@ machine.wait_for_ranks()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_hosts_wait_longer_than_their_devices_would(tmp_path):
     """As for a download by one rank: the default group has given up by then, the hosts' has not."""
     body = """
@@ -199,6 +204,7 @@ def test_on_gpus_the_group_knows_its_device(monkeypatch):
     assert machine._hosts == "hosts"
 
 
+@pytest.mark.slow
 def test_restarted_ranks_do_not_find_the_dead_ones_addresses(tmp_path):
     """torchrun keeps its store over a restart; the second attempt must start afresh in it."""
     body = """
@@ -237,6 +243,7 @@ with machine.catch_signals() as pending:
     assert done.stderr.count("after step 5; the same command continues") == 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once():
     body = """
 with machine.catch_signals() as pending:
@@ -303,6 +310,7 @@ def test_auto_precision_needs_a_fast_bf16(has_bf16, amx_is_broken, monkeypatch):
 
 
 @pytest.mark.parametrize("dies", [True, False])
+@pytest.mark.slow
 def test_amx_that_kills_is_found_by_a_child(dies):
     """The child stands on a processor that announces AMX; its matrix product dies, or works."""
     product = "os.kill(os.getpid(), signal.SIGILL)" if dies else "None"

@@ -78,6 +78,7 @@ def saved_for_backward(arch, images):
         return sum(storage.nbytes() for key, storage in saved.items() if key not in own)
 
 
+@pytest.mark.slow
 def test_a_gpu_saves_half_as_much_of_vmamba_for_backward(no_kernels, monkeypatch):
     """38.9 GB with everything saved, the step sizes delta (5.6 GB) too, which no switch saves."""
     half = saved_for_backward("vmamba_tiny", 128)

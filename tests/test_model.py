@@ -68,6 +68,7 @@ def test_vit_keys_shapes_and_size_are_dinos(arch, dim, depth, patch, millions):
 @pytest.mark.parametrize(
     "arch, dim", [("resnet18", 512), ("resnet50", 2048), ("resnext50_32x4d", 2048)]
 )
+@pytest.mark.slow
 def test_resnet_is_torchvisions_without_fc(arch, dim):
     backbone = model.build_backbone(arch)
     reference = torchvision.models.get_model(arch)
@@ -352,6 +353,7 @@ def test_third_party_files_load_strictly(tmp_path):
     assert torch.equal(student.cls_token, vit.cls_token + 1)
 
 
+@pytest.mark.slow
 def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path, monkeypatch):
     class Payload:
         def __reduce__(self):

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from lib import config, data
+from lib import config, sources
 from lib.results import table_lines
 
 import pytest
@@ -167,6 +167,6 @@ def test_the_lines_that_sort_tiny_imagenet_make_the_folder_that_the_commands_rea
         check=True,
     )
     for split in ("train", "val"):
-        images = data.open_images(str(tmp_path / "TINYIN40"), split, "configs/tinyin40_seen.txt")
+        images = sources.open_images(str(tmp_path / "TINYIN40"), split, "configs/tinyin40_seen.txt")
         assert len(images) == len(images.classes) == 30
         assert len(list((tmp_path / "TINYIN40" / split).iterdir())) == 40

@@ -121,6 +121,7 @@ def test_a_batch_is_that_of_the_file_path(local_crops):
             assert all(torch.equal(a, b) for a, b in zip(ours[:3], files[:3]))
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_file_path(folder, tmp_path):
     """Weights and log, with loading processes or without any: cache changes no number."""
     from test_train import assert_same, logged, state

@@ -11,7 +11,7 @@ import subprocess
 import threading
 from pathlib import Path
 
-from lib import data, machine, monitor, rundir
+from lib import machine, monitor, rundir, sources
 from lib.config import UsageError
 from lib.rundir import RunDir
 
@@ -27,7 +27,7 @@ FORCED = Path(__file__).parent / "as_on_gpu.py"
 
 @pytest.fixture(scope="module")
 def images(folder):
-    return data.open_images(str(folder), "train")
+    return sources.open_images(str(folder), "train")
 
 
 @pytest.fixture

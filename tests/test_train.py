@@ -9,7 +9,7 @@ import math
 import os
 from contextlib import nullcontext
 
-from lib import collapse, compiled, data, machine, monitor
+from lib import collapse, compiled, data, machine, monitor, sources
 from lib.config import RENAMED, UsageError
 from lib.rundir import RunDir
 from lib.shapes import shapes
@@ -93,7 +93,7 @@ def test_a_step_is_the_reference_step(folder, method):
         lambda_preg=0.01,
         warmup_epochs=0,
     )
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     run, slow = train.make_run(config, 5, HERE), train.make_run(config, 5, HERE)
     student, teacher = slow.network, slow.teacher
     centers = slow.centers
@@ -161,17 +161,17 @@ def test_the_last_layer_stands_still_at_first_and_teacher_needs_no_gradient(fold
         run.network.head_ef.last_layer.weight_v.clone(),
         run.network.head_ef.mlp[0].weight.clone(),
     )
-    train.train_step(run, 0, batch_of(data.open_images(str(folder), "train"), config))
+    train.train_step(run, 0, batch_of(sources.open_images(str(folder), "train"), config))
     assert torch.equal(before[0], run.network.head_ef.last_layer.weight_v) and not torch.equal(
         before[1], run.network.head_ef.mlp[0].weight
     )
     assert not any(p.requires_grad for p in run.teacher.parameters())
-    train.train_step(run, 1, batch_of(data.open_images(str(folder), "train"), config))
+    train.train_step(run, 1, batch_of(sources.open_images(str(folder), "train"), config))
     assert not torch.equal(before[0], run.network.head_ef.last_layer.weight_v)
 
 
 def test_accumulation_is_the_whole_batch(folder):
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     results = []
     for at_once in (16, 4):
         config = tiny_config(
@@ -200,7 +200,7 @@ def test_regularized_parameters_are_the_matrices():
 
 
 def test_bfloat16_step_is_close_to_float32(folder):
-    images, terms = data.open_images(str(folder), "train"), []
+    images, terms = sources.open_images(str(folder), "train"), []
     for precision in ("fp32", "bf16"):
         config = tiny_config(drop_path=0.0)
         _, autocast = machine.choose_precision(precision, CPU)
@@ -217,7 +217,7 @@ def test_compiled_step_is_the_eager_step(folder):
 
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
-    images, terms = data.open_images(str(folder), "train"), []
+    images, terms = sources.open_images(str(folder), "train"), []
     for is_compiled in (False, True):
         config = tiny_config(compile=is_compiled, warmup_epochs=0)
         run = train.make_run(config, 5, HERE)
@@ -230,6 +230,7 @@ def test_compiled_step_is_the_eager_step(folder):
     torch.testing.assert_close(terms[0], terms[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
     """Six graphs: the student's at two resolutions and the teacher's at one.
 
@@ -247,9 +248,10 @@ def test_blocks_share_their_graphs(folder, monkeypatch, scans_put_back):
     torch._dynamo.reset()
     config = tiny_config(compile=True, drop_path=0.3)
     run = train.make_run(config, 5, HERE)
+    images = sources.open_images(str(folder), "train")
     for step in range(2):
-        train.train_step(run, step, batch_of(data.open_images(str(folder), "train"), config, step))
-    monitor.Monitor(run, data.open_images(str(folder), "train"), None).evaluate()
+        train.train_step(run, step, batch_of(images, config, step))
+    monitor.Monitor(run, images, None).evaluate()
     assert (
         len(run.network.backbone.blocks) == 6 and counter.frame_count == 6
     )  # none for the evaluation
@@ -279,7 +281,7 @@ def test_a_block_that_fails_to_compile_runs_eagerly(folder, monkeypatch, fails, 
         "compile",
         lambda module, **options: compile_module(module, backend=backend, **options),
     )
-    images, config = data.open_images(str(folder), "train"), tiny_config(compile=True)
+    images, config = sources.open_images(str(folder), "train"), tiny_config(compile=True)
     terms = []
     try:
         for wanted in (True, False):
@@ -342,7 +344,7 @@ def test_two_processes_are_one(folder, tmp_path, options):
 @pytest.mark.parametrize("method", ["simsiam", "ddcl"])
 def test_a_run_of_two_views_continues_bit_for_bit(folder, tmp_path, method):
     config = tiny_config(method=method, local_crops=0, warmup_epochs=0, out_dir=str(tmp_path))
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     whole = train.make_run(config, 5, HERE)
     assert whole.teacher is whole.network and whole.centers == {}
     train.train_step(whole, 0, batch_of(images, config, 0))
@@ -432,7 +434,7 @@ def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder):
     run = train.make_run(config, 5, HERE)
     run.network.extra = torch.nn.Linear(2, 2)
     with pytest.raises(AssertionError, match=r"no loss term reaches extra\.weight"):
-        train.train_step(run, 0, batch_of(data.open_images(str(folder), "train"), config))
+        train.train_step(run, 0, batch_of(sources.open_images(str(folder), "train"), config))
 
 
 def test_a_new_loss_term_is_one_line_and_weighs_1(folder, monkeypatch):
@@ -443,7 +445,7 @@ def test_a_new_loss_term_is_one_line_and_weighs_1(folder, monkeypatch):
         return terms, means, logged
 
     config = tiny_config(method="clever", drop_path=0.0)
-    batch = batch_of(data.open_images(str(folder), "train"), config)
+    batch = batch_of(sources.open_images(str(folder), "train"), config)
     plain = train.train_step(train.make_run(config, 5, HERE), 0, batch)
     monkeypatch.setitem(train.METHODS, "clever", (with_one_more, True, "prototypes"))
     more = train.train_step(train.make_run(config, 5, HERE), 0, batch)
@@ -454,7 +456,7 @@ def test_a_new_loss_term_is_one_line_and_weighs_1(folder, monkeypatch):
 
 
 def test_collapse_metrics_take_lengths_and_directions_apart(folder):
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     for method, more in (("clever", {}), ("ddcl", dict(local_crops=0)), ("dino", {})):
         run = train.make_run(tiny_config(method=method, **more), 5, HERE)
         before = {name: value.clone() for name, value in run.network.state_dict().items()}
@@ -484,7 +486,7 @@ def test_collapse_metrics_take_the_temperature_of_the_step_also_after_a_restart(
     config = tiny_config(
         teacher_temp_start=0.03, teacher_temp=0.07, teacher_temp_epochs=2, out_dir=str(tmp_path)
     )
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     run, again = train.make_run(config, 5, HERE), train.make_run(config, 5, HERE)
     assert run.teacher_temp == 0.03
     for step, batch in enumerate(data.train_loader(images, config, 0, 6, HERE)):
@@ -500,6 +502,7 @@ def test_collapse_metrics_take_the_temperature_of_the_step_also_after_a_restart(
     assert collapse.metrics(again, batch)["dot_ef"] != metrics["dot_ef"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, tmp_path):
     options = dict(data=folder, out_dir=tmp_path / "run")
     run_script("train.py", *arguments(**options))
@@ -713,7 +716,7 @@ def test_collapse_is_said_in_plain_words():
 
 @pytest.mark.gpu
 def test_a_gpu_step_is_the_cpu_step(folder):
-    images, config = data.open_images(str(folder), "train"), tiny_config()
+    images, config = sources.open_images(str(folder), "train"), tiny_config()
     terms = [
         train.train_step(
             train.make_run(tiny_config(), 5, HERE._replace(device=d)), 0, batch_of(images, config)
@@ -726,7 +729,7 @@ def test_a_gpu_step_is_the_cpu_step(folder):
 @pytest.mark.gpu
 def test_views_made_beside_the_step_before_are_the_same_views(folder):
     """If their memory were taken too early, steps that never wait would see other views."""
-    images = data.open_images(str(folder), "train")
+    images = sources.open_images(str(folder), "train")
     config = tiny_config(
         compile=False,
         precision="fp32",

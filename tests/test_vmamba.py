@@ -429,6 +429,7 @@ def test_published_files_load_strictly(tmp_path, monkeypatch):
         load_backbone(str(tmp_path / "vmamba.pth"))
 
 
+@pytest.mark.slow
 def test_a_compiled_block_is_the_eager_one(scans_put_back):
     """The scan stays out of the graph, what is around it compiles.
 

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lib import data, features, fused, linear, machine, processor
+from lib import data, features, fused, linear, machine, processor, sources
 from lib.checkpoint import EvalState
 from lib.config import Config, UsageError, configure, option
 from lib.rng import sample_seeds
@@ -404,7 +404,7 @@ def small_crops_row(size, local_size, local_crops, n=128):
 
 def photo_row(H=2000, W=3000):
     """The ten crops of a large JPEG, decoded no larger than needed; reference: decoded whole."""
-    whole = data.open_images(folder_of_jpegs(photos(1, H, W)), "train")
+    whole = sources.open_images(folder_of_jpegs(photos(1, H, W)), "train")
 
     def crops(images):
         return ten_crops(images.read(0), sample_seeds(0, torch.tensor(0)))
@@ -434,7 +434,7 @@ def end_to_end_row(device, folder, arch, recipe, n):
     """
     gpu = device.type == "cuda"
     workers = len(os.sched_getaffinity(0)) - 1 if gpu else 2
-    images = data.open_images(folder or folder_of_jpegs(photos(16)), "train")
+    images = sources.open_images(folder or folder_of_jpegs(photos(16)), "train")
     options = dict(recipe=recipe, workers=workers)
     ours = our_run(device, Size(arch, 16, 224, 96, 4096), n, **options, drop_path=0.0)
     slow = reference_run(device, Size(arch, 16, 224, 96, 4096), n, **options)
