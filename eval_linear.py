@@ -10,8 +10,9 @@ paper: linear classifiers on new random crops in each epoch, tested on clean and
     slice of the training set, held out, chooses the learning rate after the last epoch. The
     published scripts' fixed rate is reported as well.
 fast: the same on cached features of a few random crops of each image.
-ridge: kNN and ridge classifiers of class and rotation, always with the untrained backbone as well.
-    A row "ir[:d_ef]" has as many dimensions as ef.
+ridge: kNN and ridge classifiers of class and rotation; view shares and the view's parameters
+    (lib/equivariance.py). Always with the untrained backbone as well. A row "ir[:d_ef]" has as many
+    dimensions as ef.
 
 Every number is appended to results.json beside the checkpoint, with its protocol.
 """
@@ -21,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import checkpoint, data, features, linear, machine, results, sources
+from lib import checkpoint, data, equivariance, features, linear, machine, results, sources
 from lib.config import UsageError, configure, option
 
 PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (authors' README)
@@ -128,14 +129,18 @@ def main(argv):
         print(f"{config.protocol} protocol, {about}", flush=True)
 
     if is_ridge:
-        rows = features.ridge_rows(
-            models, train, val, size, here, config.workers, config.seed, config.save_correct
-        )
+        given = (models, train, val, size, here, config.workers, config.seed)
+        rows, verdict = equivariance.ridge_protocol(*given, save_correct=config.save_correct)
         published = []
     else:
         rows = linear.linear_probe(models, task, config, size, here, state, config.knn)
         published = published_rows(models, train.classes, {row["test"] for row in rows})
     results.finish(state, protocol, time.perf_counter() - since, rows, published)
+    if is_ridge and here.is_main:
+        print(*verdict, sep="\n")
+        picture = Path(folder) / "view_share.png"
+        if equivariance.draw(rows, picture):
+            print(f"the view shares as a picture: {picture}", flush=True)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def _init_linear(module):
         nn.init.zeros_(module.bias)
 
 
-VITS = dict(vit_micro=(128, 6, 4), vit_tiny=(192, 12, 3))  # dim, depth, heads
+# name -> dim, depth, heads
+VITS = dict(vit_nano=(64, 4, 2), vit_micro=(128, 6, 4), vit_tiny=(192, 12, 3))
 VITS |= dict(vit_small=(384, 12, 6), vit_base=(768, 12, 12))
 
 
@@ -171,7 +172,22 @@ def _resnet(name, img_size, patch_size, drop_path):  # torchvision's without fc
     return backbone.to(memory_format=torch.channels_last)
 
 
+def use_small_stem(resnet, name):
+    """Replace a ResNet's 7x7 convolution of stride 2 and its pooling by a 3x3 of stride 1.
+
+    For images of 32 px (He et al. 2016, section 4.2; the CIFAR tables of SimCLR and after). With
+    ImageNet's stem their last map is one pixel. Names and all other shapes are torchvision's.
+    """
+    if name not in RESNETS:
+        raise UsageError(f"stem=small: {name} has no such stem, only ResNets have; remove --stem")
+    conv = nn.Conv2d(3, resnet.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
+    resnet.conv1 = conv.to(memory_format=torch.channels_last)
+    resnet.maxpool = nn.Identity()
+
+
 RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
+SMALL = 64  # pixels of a global crop's side up to which a ResNet has the small stem
 BACKBONES = {  # name -> function(img_size, patch_size, drop_path); a new one is ONE entry
     **{name: functools.partial(ViT, *shape) for name, shape in VITS.items()},
     **{name: functools.partial(_vmamba, shape) for name, shape in VMAMBAS.items()},
@@ -179,15 +195,18 @@ BACKBONES = {  # name -> function(img_size, patch_size, drop_path); a new one is
 }
 
 
-def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0):
+def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0, stem="imagenet"):
     """Build a backbone f: x (B, 3, H, W) float -> z (B, dim); its .stride divides H and W.
 
-    img_size (of the position embedding) and patch_size are a ViT's, drop_path a ViT's or VMamba's.
+    img_size (of the position embedding) and patch_size are a ViT's, drop_path a ViT's or VMamba's,
+    stem ('imagenet' or 'small') a ResNet's.
     """
     if name not in BACKBONES:
         near = did_you_mean(name, BACKBONES)
         raise UsageError(f"unknown backbone {name!r}{near}; choose from {', '.join(BACKBONES)}")
     backbone = BACKBONES[name](img_size=img_size, patch_size=patch_size, drop_path=drop_path)
+    if stem == "small":
+        use_small_stem(backbone, name)
     if not next(backbone.parameters()).is_meta:
         check_contract(backbone, name)
     return backbone
@@ -317,7 +336,11 @@ class Network(nn.Module):
 
 def build_network(config, head="prototypes"):
     """Build a fresh Network from the options of `config`; head: 'prototypes' or 'siamese'."""
-    backbone = build_backbone(config.arch, config.img_size, config.patch_size, config.drop_path)
+    if config.stem == "auto":
+        is_small = config.arch in RESNETS and config.img_size <= SMALL
+        config.stem = "small" if is_small else "imagenet"  # resolved, for config.json
+    names = ("arch", "img_size", "patch_size", "drop_path", "stem")
+    backbone = build_backbone(*(getattr(config, name) for name in names))
     check_divisible(backbone, config.arch, img_size=config.img_size)
     if config.local_crops:
         check_divisible(backbone, config.arch, local_size=config.local_size)

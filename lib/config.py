@@ -44,6 +44,8 @@ class Config:
     method: str = option("clever", "dino: no split; ddcl, simsiam: no teacher", group="network")
     arch: str = option("vit_small", "backbone")
     patch_size: int = option(16, "side of a patch in pixels, ViT only", 1, 1024)
+    stem: str = option("auto", "of a ResNet; small: 3x3, stride 1, no pooling, as is usual on "
+                       "CIFAR; auto: small up to 64 px", choices=("auto", "imagenet", "small"))
     ratio: float = option(0.8, "ir's share of the dimensions, ef has the rest", 0.001, 0.999)
     out_dim: int = option(65536, "prototypes K of the head (clever, dino)", 2, 2**24)
     out_dim_ef: int = option(0, "K of the ef head; 0: same as out_dim", 2, 2**24)
@@ -55,7 +57,8 @@ class Config:
     alpha: float = option(1.0, "weight of L_CL", group="loss")
     beta: float = option(1.0, "weight of L_Orth")
     lambda_preg: float = option(0.001, "weight of L_PReg (paper's best: 0.001)", 0)
-    orth: str = option("dot", "L_Orth: 'dot' is the paper's, 'cosine' the published scripts'")
+    orth: str = option("cosine", "L_Orth: 'cosine' is the published scripts' and their tables', "
+                       "'dot' the paper's text")
     student_temp: float = option(0.1, "temperature of the student's softmax", 1e-6, 100)
     teacher_temp: float = option(0.04, "of the teacher's softmax, after the warm-up", 1e-6, 100)
     teacher_temp_start: float = option(0.04, "linear warm-up from here ...", 1e-6, 100)

@@ -151,22 +151,40 @@ def knn_correct(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
     return torch.cat(right)
 
 
-def ridge_correct(train_x, train_y, tests):
+def ridge_correct(train_x, train_y, tests, group=1):
     """Return whether a ridge classifier is right on tests [(x, y)]: [(N,) bool].
 
-    Least squares with an L2 penalty, fitted to one-hot labels. Features are standardized by the
-    training set. The penalty is chosen on every tenth training image, then all are fitted.
+    Least squares with an L2 penalty, fitted to one-hot labels (N,).
+    """
+    train_y = train_y.to(train_x.device)
+    n_classes = int(train_y.max()) + 1
+
+    def one_hot(y):
+        return F.one_hot(y, n_classes).double()
+
+    def n_wrong(logits, y):
+        return (logits.argmax(1) != y).sum()
+
+    predict = fit_ridge(train_x, train_y, one_hot, n_wrong, group)
+    return [torch.cat([l.argmax(1) for l in predict(x)]) == y.to(x.device) for x, y in tests]
+
+
+def fit_ridge(train_x, train_y, targets, error, group=1):
+    """Fit ridge regression: x (N, D), y (N, ...) -> function of x (n, D), yields (b, T) fp64.
+
+    targets(y (b, ...)) -> what is fitted (b, T) fp64. Features are standardized by the training
+    set. Of every tenth training image the predictions' error(prediction, y), a sum, chooses the
+    penalty; then all are fitted. group: rows that are views of one image.
     """
     mean = train_x.mean(0)
     std = train_x.std(0) + 1e-6
-    train_y = train_y.to(train_x.device)
-    n_classes = int(train_y.max()) + 1
-    rows = max(1, CHUNK // max(train_x.shape[1], n_classes))  # are in fp64 at a time
+    n_targets = targets(train_y[:1]).shape[1]
+    rows = max(1, CHUNK // max(train_x.shape[1], n_targets))  # are in fp64 at a time
 
     def standardized(x):
         return ((x - mean) / std).double()
 
-    def chunks(taken):  # of training images: x (b, D + 1), y (b,); taken (N,): which ones
+    def chunks(taken):  # of training images: x (b, D + 1), y (b, ...); taken (N,): which ones
         for x, y, some in zip(train_x.split(rows), train_y.split(rows), taken.split(rows)):
             known = standardized(x[some])
             yield torch.cat([known, torch.ones_like(known[:, :1])], 1), y[some]
@@ -176,23 +194,19 @@ def ridge_correct(train_x, train_y, tests):
         gram = target = 0
         for x, y in chunks(taken):
             gram = gram + x.T @ x
-            target = target + x.T @ F.one_hot(y, n_classes).double()
+            target = target + x.T @ targets(y)
         values, vectors = torch.linalg.eigh(gram / n)
         target = vectors.T @ target / n
         return [vectors @ (target / (values.clamp(min=0) + p)[:, None]) for p in penalties]
 
-    held_out = torch.arange(len(train_x), device=train_x.device) % 10 == 9
+    held_out = torch.arange(len(train_x), device=train_x.device) // group % 10 == 9
     penalties = [10.0**p for p in range(-6, 2)]
     trials = fit(~held_out, penalties)
-    right = torch.zeros(len(penalties), dtype=torch.int64, device=train_x.device)
+    errors = torch.zeros(len(penalties), dtype=torch.float64, device=train_x.device)
     for x, y in chunks(held_out):
-        right += torch.stack([((x @ w).argmax(1) == y).sum() for w in trials])
-    [weight] = fit(torch.ones_like(held_out), [penalties[int(right.argmax())]])
-    correct = []
-    for x, y in tests:
-        logits = (standardized(some) @ weight[:-1] + weight[-1] for some in x.split(rows))
-        correct.append(torch.cat([l.argmax(1) for l in logits]) == y.to(x.device))
-    return correct
+        errors += torch.stack([error(x @ w, y) for w in trials])
+    [weight] = fit(torch.ones_like(held_out), [penalties[int(errors.argmin())]])
+    return lambda x: (standardized(some) @ weight[:-1] + weight[-1] for some in x.split(rows))
 
 
 def ridge_features(model, train, val, size, here, workers=0, seed=0):
@@ -228,11 +242,16 @@ def ridge_rows(models, train, val, size, here, workers=0, seed=0, save_correct=F
             for (metric, test), of_test in zip(RIDGE_TESTS.items(), right):
                 where = model.row, part, z.shape[1], of_test, save_correct
                 rows.append(result_row(*where, test=test, metric=metric, seed=seed))
-    chance = 100 / len(val.classes)
+    return rows
+
+
+def chance_rows(n_classes, n, seed=0):
+    """Return the rows of ridge_rows for a classifier that guesses, n images."""
+    rows = []
     for metric, test in RIDGE_TESTS.items():
-        value = 25 if "4" in metric else round(chance, 2)
-        facts = dict(test=test, metric=metric, value=value, seed=seed, n=len(val))
-        rows.append(dict(row="chance", part="", dims="", **facts))
+        value = 25 if "4" in metric else round(100 / n_classes, 2)
+        row = dict(row="chance", part="", dims="", test=test, metric=metric, value=value)
+        rows.append(row | dict(seed=seed, n=n))
     return rows
 
 
@@ -245,7 +264,7 @@ class Model(NamedTuple):
     row: str  # its name
     backbone: nn.Module  # in eval mode, on the device
     d_ir: int  # dimensions of ir; all of them: no split
-    trained: dict  # the config of its run; of third-party weights arch, img_size and patch_size
+    trained: dict  # the config of its run; of third-party weights what load_backbone says
     ridge_features: tuple | None = None  # of ridge_features, if they are known already
 
 
@@ -287,14 +306,16 @@ def open_models(config, here):
 
 
 def _facts(trained):
-    return {name: trained[name] for name in ("arch", "img_size", "patch_size")}
+    return {name: trained[name] for name in ("arch", "img_size", "patch_size", "stem")}
 
 
 def untrained_model(trained, seed, here):
     """Return the Model with the backbone of the config `trained` and random weights of the seed."""
     torch.manual_seed(seed)
-    backbone = build_backbone(*_facts(trained).values()).to(here.device).eval()
-    return Model("untrained", backbone, backbone.dim, _facts(trained))
+    facts = _facts(trained)
+    sizes = {name: facts[name] for name in ("img_size", "patch_size", "stem")}
+    backbone = build_backbone(facts["arch"], **sizes).to(here.device).eval()
+    return Model("untrained", backbone, backbone.dim, facts)
 
 
 def model_of(run):

@@ -1,8 +1,8 @@
 """What a person sees while a run trains: first screen, progress bar, log lines, kNN, warnings.
 
 An evaluation line of log.jsonl has, for the parts full, ir, ef of the teacher's representation:
-std_*, rank_* (features.std_and_rank), knn_*, knn_rotated_* (top-1 in %); for the heads what
-collapse.metrics says.
+std_*, rank_* (features.std_and_rank), knn_*, knn_rotated_* (top-1 in %), view_share_* and
+view_share_white_* (equivariance.view_share); for the heads what collapse.metrics says.
 """
 
 import functools
@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 
-from lib import collapse, data, features, machine, results
+from lib import collapse, data, equivariance, features, machine, results
 from lib.run import first_screen, refuse_to_skip_more, views_picture
 
 import torch
@@ -163,7 +163,7 @@ class Monitor:
             numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
         self.folder.log(step=done, epoch=float(epoch), **numbers)
         if run.here.is_main:
-            names = [n for n in numbers if n.startswith(("knn", "rank_", "norm"))]
+            names = [n for n in numbers if n.startswith(("knn", "rank_", "view_share_", "norm"))]
             tqdm.write(f"epoch {epoch}: " + "  ".join(f"{n} {numbers[n]:.3g}" for n in names))
             for warning in collapse.warnings(self.numbers | numbers, run.config):
                 tqdm.write(f"WARNING: {warning}")
@@ -202,7 +202,9 @@ class Monitor:
             for name, x in zip(("knn", "knn_rotated"), val_z):
                 top1 = features.knn_accuracy(z[:, columns], y, x[:, columns], val_y)
                 numbers[f"{name}_{part}"] = top1
-        return numbers
+        shown = self.val_set if self.has_labels else self.train_set
+        given = (config.img_size, run.here, config.workers, config.seed)
+        return numbers | equivariance.shares_to_log(model, shown, *given)
 
     def needs_table(self):
         """Tell whether the run ends with a table: probe_at_end, labels, and none is there yet."""
@@ -222,9 +224,12 @@ class Monitor:
         untrained = features.untrained_model(vars(config), config.seed, here)
         models = [untrained, self.model or features.model_of(self.run)]
         given = (self.train_set, self.val_set, config.img_size, here, config.workers, config.seed)
-        rows = features.ridge_rows(models, *given)
+        rows, verdict = equivariance.ridge_protocol(models, *given, parameters=False)
         if here.is_main:
-            print("", *results.table_lines(rows), sep="\n", flush=True)
+            print("", *results.table_lines(rows), "", *verdict, sep="\n", flush=True)
+            picture = self.folder.path("view_share.png")
+            if equivariance.draw(rows, picture):
+                print(f"the view shares as a picture: {picture}")
             seconds = time.perf_counter() - start
             path = self.folder.path("results.json")
             results.append_results(path, "probe", asdict(config), seconds, rows)

@@ -45,23 +45,36 @@ def table_lines(rows):
     """Yield the lines of a table, for the screen and for a README; over several seeds mean ± std.
 
     A column is a metric. If rows have a classifier, it is beside the dims and a column is a test.
+    Rows with an interval, of equivariance.py, have two more tables: shares and parameters by test.
     """
-    by_test = "classifier" in rows[0]
-    names = list(dict.fromkeys(row["test" if by_test else "metric"] for row in rows))
+    on_views = [row for row in rows if "interval" in row]
+    shares = [row for row in on_views if row["metric"].startswith("view share")]
+    parameters = [row for row in on_views if row not in shares]
+    main = [row for row in rows if "interval" not in row or row["test"] == "all"]
+    kind = "classifier" if "classifier" in main[0] else ""
+    yield from _table_lines(main, "test" if kind else "metric", kind)
+    for of_table in filter(None, (shares, parameters)):
+        yield ""
+        yield from _table_lines(of_table, "test", "metric")
+
+
+def _table_lines(rows, column, kind):
+    """Yield a table: a column for each row[column]; kind: a key to show beside the dims, or ""."""
+    names = list(dict.fromkeys(row[column] for row in rows))
     cells = {}
     for row in rows:
         label = ", ".join(filter(None, (row["row"], row["part"])))
-        line = cells.setdefault((label, row["dims"], row.get("classifier", "")), {})
-        line.setdefault(row["test" if by_test else "metric"], []).append(row["value"])
+        line = cells.setdefault((label, row["dims"], row.get(kind, "")), {})
+        line.setdefault(row[column], []).append(row["value"])
     width = max(27, *(len(label) for label, *_ in cells))
-    classifier_width = max(len(classifier) for *_, classifier in cells)
+    kind_width = max(len(of_kind) for *_, of_kind in cells)
 
-    def line(label, dims, classifier, values):
-        left = [f"{label:{width}}", f"{dims:4}", f"{classifier:{classifier_width}}"]
-        return f"| {' | '.join([*left[: 2 + by_test], *values])} |"
+    def line(label, dims, of_kind, values):
+        left = [f"{label:{width}}", f"{dims:4}", f"{of_kind:{kind_width}}"]
+        return f"| {' | '.join([*left[: 2 + bool(kind)], *values])} |"
 
-    yield line("in %", "dims", "classifier", names)
-    yield "|---|--:|" + "---|" * by_test + "--:|" * len(names)
+    yield line("in %", "dims", kind, names)
+    yield "|---|--:|" + "---|" * bool(kind) + "--:|" * len(names)
     for left, values in cells.items():
         yield line(*left, [f"{_mean_and_std(values.get(n, [])):>{len(n)}}" for n in names])
 

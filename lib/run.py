@@ -237,7 +237,7 @@ def init_from(backbone, config):
     if [(name, x.shape) for name, x in state.items()] != [
         (name, x.shape) for name, x in own.items()
     ]:
-        names = ("arch", "img_size", "patch_size")
+        names = ("arch", "img_size", "patch_size", "stem")
         there = ", ".join(f"{name}={facts[name]}" for name in names)
         here = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         raise UsageError(f"init_from={config.init_from}: holds {there}; this run is {here}")

@@ -91,6 +91,7 @@ class RunDir:
         """UsageError if the folder's run has other options than this one, where they matter."""
         here = json.loads(json.dumps(asdict(self.run.config)))
         defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+        defaults["stem"] = "imagenet"  # what runs had before there was a choice
         there = defaults | {RENAMED.get(name, name): there[name] for name in there}
         there = json.loads(json.dumps(there))
         if here["ratio"] == 1.0:  # no split; older runs kept the default

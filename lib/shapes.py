@@ -1,6 +1,8 @@
-"""The built-in images: textured shapes on varied backgrounds, with masks, and videos of them.
+"""The built-in images: shapes on plain or striped backgrounds, with masks, and videos of them.
 
-The class is the shape, all else is free; no shape looks the same upside down or on its side.
+The class is the shape. As in the world, what is cheap to see goes with the class, with exceptions:
+light on dark or dark on light, the two hues, stripes. So no attribute that tells images apart is
+unrelated to class. No shape looks the same upside down or on its side.
 Everything is a function of (seed, split, index), so nothing is downloaded or stored.
 """
 
@@ -11,13 +13,18 @@ from lib.rng import fork, uniforms
 
 import torch
 
-COUNTS = {"train": 8000, "val": 2000}
+COUNTS = {  # --data=NAME -> images of each split
+    "shapes": dict(train=8000, val=2000),
+    "shapes20k": dict(train=20_000, val=10_000),  # for narrow intervals
+}
+EXCEPTIONS = 0.2  # share of images in which an attribute is drawn without regard to class
+HUES = 5
 UPRIGHT = 15  # degrees a shape may lean: so "up" has an answer, and rotation can be predicted
 
 
 def shapes(split, size=64, count=None, seed=0):
     """Return Images of (3, size, size): the first `count` of 'train' (8000) or 'val' (2000)."""
-    seeds, labels = _seeds_and_labels(split, count or COUNTS[split], seed)
+    seeds, labels = _seeds_and_labels(split, count or COUNTS["shapes"][split], seed)
     pieces = zip(seeds.split(500), labels.split(500))
     pixels = torch.cat([draw_shapes(s, y, size) for s, y in pieces])
     return memory_images(pixels, labels, list(SHAPES), f"shapes {split}")
@@ -26,7 +33,7 @@ def shapes(split, size=64, count=None, seed=0):
 def shape_masks(split, size, count, seed=0):
     """Return images of `shapes`, (count, 3, size, size), and masks, bool (count, size, size)."""
     seeds, labels = _seeds_and_labels(split, count, seed)
-    cover = paint_shapes(shape_facts(seeds), labels, size)[2]
+    cover = paint_shapes(shape_facts(seeds, labels), labels, size)[2]
     return draw_shapes(seeds, labels, size), cover[:, 0] > 0.5
 
 
@@ -39,13 +46,13 @@ def moving_shapes(index, size, frames=16, objects=2, seed=0):
     ids = torch.zeros(frames, size, size, dtype=torch.uint8)
     for i in range(objects):
         object_seed = fork(seed, "video", index, i)
-        facts = shape_facts(object_seed.expand(frames))
+        labels = torch.full((frames,), (index + 3 * i) % len(SHAPES))
+        facts = shape_facts(object_seed.expand(frames), labels)
         u = uniforms(fork(object_seed, "motion"), 5)
         start, end = (1.1 * u[:4] - 0.55).view(2, 2)
         facts["radius"] = 0.6 * facts["radius"]
         facts["center"] = start + time[:, None] * (end - start)
         facts["angle"] = facts["angle"] + 90 * (u[4] - 0.5) * time
-        labels = torch.full((frames,), (index + 3 * i) % len(SHAPES))
         back, front, cover = paint_shapes(facts, labels, size)
         if i == 0:
             image = back
@@ -59,37 +66,51 @@ def _seeds_and_labels(split, n, seed):
     return fork(seed, f"shapes_{split}", index), index % len(SHAPES)
 
 
-def shape_facts(seeds):
-    """Draw what is free in an image, for sample seeds (n,). Lengths are in half image sides.
+def shape_facts(seeds, labels):
+    """Draw what is free in an image, for sample seeds (n,) and labels (n,). In half image sides.
 
     Returns a dict: angle (n,) degrees counter-clockwise from upright; radius (n,); center (n, 2),
-    x right and y up; front and back, two RGB colors each (n, 2, 3); waves (n, 2, 4), the textures.
+    x right and y up; front (n, 3) and back (n, 2, 3), RGB colors; wave (n, 3), of the stripes.
     """
     u = uniforms(seeds, 32)  # (n, 32), a column for each property
+
+    def attribute(of_class, n, column):  # of_class (n,) in 0 .. n - 1, or any, in EXCEPTIONS
+        drawn = u[:, column] / EXCEPTIONS
+        return torch.where(drawn < 1, (drawn * n).long(), of_class)
+
     radius = 0.5 + 0.3 * u[:, 1]
-    # Shades of gray with a tint, light on dark or dark on light. Free colors would be what tells
-    # images apart, and a short training would find nothing else.
-    tint = 0.1 * (u[:, 4:16].view(-1, 2, 2, 3) - 0.5)
-    shade = 0.45 + 0.1 * u[:, 24, None, None]
-    side = torch.where(u[:, 25] < 0.5, -0.35, 0.35)[:, None, None]
+    is_light = attribute(labels % 2, 2, 24)
+    back_hue = attribute(labels // 2, HUES, 25) + 0.4 * (u[:, 28] - 0.5)
+    front_hue = attribute(labels % HUES, HUES, 26) + 0.4 * (u[:, 29] - 0.5)
+    has_stripes = attribute(labels // 5, 2, 27)
+    front_gray = 0.3 + 0.4 * is_light + 0.1 * (u[:, 4] - 0.5)
+    back_gray = 0.7 - 0.4 * is_light + 0.1 * (u[:, 5] - 0.5)
+    back = (back_gray[:, None] + _tint(back_hue))[:, None]  # (n, 1, 3)
+    light_and_dark = 0.18 * torch.tensor([1.0, -1.0])[:, None]
     return dict(
         angle=(2 * u[:, 0] - 1) * UPRIGHT,
         radius=radius,
         center=(2 * u[:, 2:4] - 1) * (0.9 - radius)[:, None],
-        front=shade + side + tint[:, 0],
-        back=shade + tint[:, 1],
-        waves=u[:, 16:24].view(-1, 2, 4),
+        front=front_gray[:, None] + _tint(front_hue),
+        back=back + has_stripes[:, None, None] * light_and_dark,
+        wave=u[:, 20:23],
     )
+
+
+def _tint(hue):
+    """Return what a hue (n,) in 0 .. HUES adds to gray: (n, 3)."""
+    turn = 2 * math.pi * hue[:, None] / HUES
+    return 0.2 * torch.cos(turn + 2 * math.pi / 3 * torch.arange(3))
 
 
 def draw_shapes(seeds, labels, size):
     """Draw uint8 (n, 3, size, size) for sample seeds (n,) and labels (n,), indices into SHAPES."""
-    back, front, cover = paint_shapes(shape_facts(seeds), labels, size)
+    back, front, cover = paint_shapes(shape_facts(seeds, labels), labels, size)
     return _with_grain(back + cover * (front - back), seeds)
 
 
 def paint_shapes(facts, labels, size):
-    """Paint background and texture of the shape, (n, 3, size, size) in [0, 1] each, from facts.
+    """Paint the background (n, 3, size, size) and the shape's color (n, 3, 1, 1), in [0, 1].
 
     Returns also how far the shape covers each pixel, (n, 1, size, size), antialiased.
     """
@@ -108,18 +129,15 @@ def paint_shapes(facts, labels, size):
         rows = labels == label
         distance[rows] = signed_distance((own_x[rows], own_y[rows]))
     cover = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]
-    front_wave, back_wave = facts["waves"].unbind(1)
-    back = _texture(facts["back"], back_wave, x, y)
-    return back, _texture(facts["front"], front_wave, x, y), cover
+    return _stripes(facts["back"], facts["wave"], x, y), facts["front"], cover
 
 
-def _texture(colors, wave, x, y):
-    """Mix two colors (n, 2, 3, 1, 1) by a plane wave (n, 4, 1, 1): from plain to stripes."""
-    direction, frequency, phase, contrast = wave.unbind(1)
-    direction = 2 * math.pi * direction
-    along = direction.cos() * x + direction.sin() * y
-    wave = torch.sin((2 + 14 * frequency) * along + 2 * math.pi * phase)
-    mix = (0.5 + 0.5 * contrast * wave)[:, None]  # (n, 1, size, size)
+def _stripes(colors, wave, x, y):
+    """Mix two colors (n, 2, 3, 1, 1) by a plane wave (n, 3, 1, 1): direction, frequency, phase."""
+    direction, frequency, phase = wave.unbind(1)
+    along = (2 * math.pi * direction).cos() * x + (2 * math.pi * direction).sin() * y
+    wave = torch.sin((6 + 4 * frequency) * along + 2 * math.pi * phase)
+    mix = (0.5 + 0.5 * wave)[:, None]  # (n, 1, size, size)
     return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
 
 

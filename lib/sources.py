@@ -6,7 +6,7 @@ from pathlib import Path
 from lib.config import UsageError, did_you_mean
 from lib.images import EXTENSIONS, file_images, memory_images, reason
 from lib.machine import wait_on_hosts
-from lib.shapes import shapes
+from lib.shapes import COUNTS, shapes
 
 import numpy as np
 import torch
@@ -30,11 +30,11 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
     all of it 'train'. classes: a file with one class folder a line. root, download: torchvision's.
     """
     folder = Path(data)
-    built_in = ("shapes", *TORCHVISION)
+    built_in = (*COUNTS, *TORCHVISION)
     if classes and data in built_in:
         raise UsageError(f"classes={classes}: {data} has none to choose from; remove --classes")
-    if data == "shapes":
-        return shapes(split, img_size)
+    if data in COUNTS:
+        return shapes(split, img_size, COUNTS[data][split])
     if data in TORCHVISION:
         return _torchvision_images(data, split, root, download)
     if not folder.is_dir():

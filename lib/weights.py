@@ -10,7 +10,7 @@ from lib.config import UsageError
 
 import torch
 
-from model import BACKBONES, build_backbone
+from model import BACKBONES, RESNETS, build_backbone
 
 HEADS = ("head.", "fc.", "classifier.head.")  # published classifiers, DINO's projection head
 # VMamba has saved its linear maps as 1 x 1 convolutions, too
@@ -24,21 +24,22 @@ def load_backbone(path, part="teacher"):
     part: 'teacher' or 'student', if the file holds both. Strict: names and shapes are those of one
     of BACKBONES; only classifiers and projection heads are left out.
     Returns the backbone in eval mode and its run's config (of backbone.pt: config.json beside it).
-    The config of third-party weights has arch, img_size and patch_size only.
+    The config of third-party weights has arch, img_size, patch_size and stem only.
     """
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
     config, beside = checkpoint.get("config"), _config_beside(path)
     if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
         config = beside
-    found = _recognize(state, path, config.get("arch"))
-    arch = found["arch"]
+    arch, facts = _recognize(state, path, config.get("arch"))
     if config.get("arch") != arch and config is not beside:
         raise UsageError(f"{path}: its config says {config['arch']}, its weights are a {arch}'s")
-    config = config if config.get("arch") == arch else found
+    if config.get("arch") != arch:
+        config = dict(arch=arch, **facts)
+    config = config | dict(stem=facts["stem"])  # older configs have none
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they do not split, whatever older files say
-    backbone = build_backbone(*found.values())
+    backbone = build_backbone(arch, **facts)
     counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
     if machine.rank_and_world()[0] == 0:
@@ -80,7 +81,7 @@ def _backbone_weights(checkpoint, part, path):
 
 
 def _recognize(state, path, first):
-    """Return {arch, img_size, patch_size} of the backbone with exactly these names and shapes.
+    """Return the arch with these names and shapes, and {img_size, patch_size, stem} of it.
 
     first: the arch to try first, for two may have the same.
     """
@@ -90,15 +91,18 @@ def _recognize(state, path, first):
     sizes = dict(img_size=224, patch_size=16)
     if len(patch) == 4 and patch[-1] > 0 and len(positions) == 3 and positions[1] > 1:
         sizes = dict(img_size=math.isqrt(positions[1] - 1) * patch[-1], patch_size=patch[-1])
+    kernel = shapes.get("conv1.weight", ())  # of a ResNet's stem (D, 3, 7, 7), or (D, 3, 3, 3)
+    stem = "small" if kernel[-1:] == (3,) else "imagenet"
     differing = {}
     for arch in sorted(BACKBONES, key=lambda arch: arch != first):
         with torch.device("meta"):
-            expected = build_backbone(arch, **sizes).state_dict()
+            facts = dict(sizes, stem=stem if arch in RESNETS else "imagenet")
+            expected = build_backbone(arch, **facts).state_dict()
         wanted = {name: tuple(x.shape) for name, x in expected.items()}
         wrong = {n for n in wanted | shapes if wanted.get(n) != shapes.get(n)}
         differing[arch] = sorted(n for n in wrong if n in shapes or not n.endswith(COUNTER))
         if not differing[arch]:
-            return dict(arch=arch, **sizes)
+            return arch, facts
     nearest = min(differing, key=lambda arch: len(differing[arch]))
     wrong = differing[nearest]
     some = f"{len(wrong)} entries differ, such as {', '.join(wrong[:3])}"

@@ -107,6 +107,12 @@ def tiny_config(**options):
     return Config(**{**TINY, **options})
 
 
+def default_signals():
+    """Undo what a shell does to what it starts in the background: it ignores Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(
     *command,
     processes=1,
@@ -139,6 +145,7 @@ def start(
         stderr=stderr,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,
     )
 
 
