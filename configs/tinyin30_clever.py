@@ -17,6 +17,7 @@ img_size, local_size = 32, 16  # 17 and 5 tokens: twice the images per second of
 local_crops = 4
 out_dim, head_hidden = 1024, 512
 drop_path = 0.0
+orth = "dot"  # of the recorded runs; cosine has become the default since
 blur = solarize = False
 epochs, warmup_epochs = 20, 1
 batch_size, lr = 64, 2e-3  # after three epochs slightly better than 1e-3

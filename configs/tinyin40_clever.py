@@ -15,6 +15,7 @@ img_size, local_size = 48, 24  # 37 and 10 tokens: 1.7x the images per second of
 local_crops = 4
 out_dim, head_hidden = 1024, 512  # 20,000 images do not fill 65536 prototypes
 drop_path = 0.0  # six blocks, a short training: no block to spare
+orth = "dot"  # of the recorded runs; cosine has become the default since
 blur = solarize = False  # at 64 px they destroy what little detail there is
 epochs, warmup_epochs = 10, 1
 batch_size, lr = 64, 4e-3  # few images, so many small steps (peak lr 1e-3)

@@ -14,6 +14,7 @@ local_crops = 4
 out_dim, head_hidden = 1024, 512
 drop_path = 0.0
 epochs, warmup_epochs = 3, 1  # 60,000 images: enough to show that it learns
+orth = "dot"  # of the recorded runs; cosine has become the default since
 blur = solarize = False
 batch_size, lr = 64, 5e-4  # with 3x this lr it learns, then collapses to rank 4 (README)
 freeze_last_layer = 3  # prototypes that move make it collapse sooner

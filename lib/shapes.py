@@ -1,8 +1,8 @@
-"""The built-in images: shapes on plain or striped backgrounds, with masks, and videos of them.
+"""The built-in images: shapes on varied backgrounds, with masks, and videos of them.
 
-The class is the shape. As in the world, what is cheap to see goes with the class, with exceptions:
-light on dark or dark on light, the two hues, stripes. So no attribute that tells images apart is
-unrelated to class. No shape looks the same upside down or on its side.
+The class is the shape; no shape looks the same upside down or on its side. What is cheap to see and
+stays the same in all views of an image goes with the class, with exceptions, as in the world: of
+`shapes` that is the polarity (light or dark), of `shapes20k` also two hues and stripes.
 Everything is a function of (seed, split, index), so nothing is downloaded or stored.
 """
 
@@ -14,20 +14,21 @@ from lib.rng import fork, uniforms
 import torch
 
 COUNTS = {  # --data=NAME -> images of each split
-    "shapes": dict(train=8000, val=2000),
-    "shapes20k": dict(train=20_000, val=10_000),  # for narrow intervals
+    "shapes": dict(train=8000, val=2000),  # gray: the class must be read from the shape
+    "shapes20k": dict(train=20_000, val=10_000),  # in color: many things to learn; narrow intervals
 }
 EXCEPTIONS = 0.2  # share of images in which an attribute is drawn without regard to class
 HUES = 5
 UPRIGHT = 15  # degrees a shape may lean: so "up" has an answer, and rotation can be predicted
 
 
-def shapes(split, size=64, count=None, seed=0):
-    """Return Images of (3, size, size): the first `count` of 'train' (8000) or 'val' (2000)."""
-    seeds, labels = _seeds_and_labels(split, count or COUNTS["shapes"][split], seed)
+def shapes(split, size=64, count=None, seed=0, name="shapes"):
+    """Return Images of (3, size, size): the first `count` of 'train' or 'val'; name: of COUNTS."""
+    seeds, labels = _seeds_and_labels(split, count or COUNTS[name][split], seed)
     pieces = zip(seeds.split(500), labels.split(500))
-    pixels = torch.cat([draw_shapes(s, y, size) for s, y in pieces])
-    return memory_images(pixels, labels, list(SHAPES), f"shapes {split}")
+    in_color = name == "shapes20k"
+    pixels = torch.cat([draw_shapes(s, y, size, in_color) for s, y in pieces])
+    return memory_images(pixels, labels, list(SHAPES), f"{name} {split}")
 
 
 def shape_masks(split, size, count, seed=0):
@@ -66,34 +67,54 @@ def _seeds_and_labels(split, n, seed):
     return fork(seed, f"shapes_{split}", index), index % len(SHAPES)
 
 
-def shape_facts(seeds, labels):
+def shape_facts(seeds, labels, in_color=False):
     """Draw what is free in an image, for sample seeds (n,) and labels (n,). In half image sides.
 
     Returns a dict: angle (n,) degrees counter-clockwise from upright; radius (n,); center (n, 2),
-    x right and y up; front (n, 3) and back (n, 2, 3), RGB colors; wave (n, 3), of the stripes.
+    x right and y up; front (n, 3) and back (n, 2, 3), RGB colors; wave (n, 3): direction in turns,
+    speed, phase of what mixes the two colors of the background.
     """
     u = uniforms(seeds, 32)  # (n, 32), a column for each property
-
-    def attribute(of_class, n, column):  # of_class (n,) in 0 .. n - 1, or any, in EXCEPTIONS
-        drawn = u[:, column] / EXCEPTIONS
-        return torch.where(drawn < 1, (drawn * n).long(), of_class)
-
     radius = 0.5 + 0.3 * u[:, 1]
-    is_light = attribute(labels % 2, 2, 24)
-    back_hue = attribute(labels // 2, HUES, 25) + 0.4 * (u[:, 28] - 0.5)
-    front_hue = attribute(labels % HUES, HUES, 26) + 0.4 * (u[:, 29] - 0.5)
-    has_stripes = attribute(labels // 5, 2, 27)
+    place = dict(
+        angle=(2 * u[:, 0] - 1) * UPRIGHT,
+        radius=radius,
+        center=(2 * u[:, 2:4] - 1) * (0.9 - radius)[:, None],
+    )
+    return place | (_colors if in_color else _grays)(u, labels)
+
+
+def _attribute(of_class, n, drawn):
+    """Return of_class (m,) in 0 .. n - 1, or, in EXCEPTIONS, what drawn (m,) in 0 .. 1 says."""
+    drawn = drawn / EXCEPTIONS
+    return torch.where(drawn < 1, (drawn * n).long(), of_class)
+
+
+def _grays(u, labels):
+    """Return shades of gray with a tint; half of the classes mostly light, half mostly dark."""
+    is_light = _attribute(labels % 2, 2, u[:, 24])
+    tint = 0.1 * (u[:, 4:16].view(-1, 4, 3) - 0.5)
+    shade = 0.45 + 0.1 * u[:, 25, None]
+    contrast = 0.05 * u[:, 23, None] * torch.ones(3)
+    wave = torch.stack([u[:, 20], 2 + 14 * u[:, 21], u[:, 22]], 1)
+    back = shade[:, None] + tint[:, 2:] + torch.stack([contrast, -contrast], 1)
+    return dict(front=shade + 0.7 * (is_light[:, None] - 0.5) + tint[:, 0], back=back, wave=wave)
+
+
+def _colors(u, labels):
+    """Return colors and stripes that each tell something of the class; together all of it."""
+    is_light = _attribute(labels % 2, 2, u[:, 24])
+    back_hue = _attribute(labels // 2, HUES, u[:, 25]) + 0.4 * (u[:, 28] - 0.5)
+    front_hue = _attribute(labels % HUES, HUES, u[:, 26]) + 0.4 * (u[:, 29] - 0.5)
+    has_stripes = _attribute(labels // 5, 2, u[:, 27])
     front_gray = 0.3 + 0.4 * is_light + 0.1 * (u[:, 4] - 0.5)
     back_gray = 0.7 - 0.4 * is_light + 0.1 * (u[:, 5] - 0.5)
     back = (back_gray[:, None] + _tint(back_hue))[:, None]  # (n, 1, 3)
     light_and_dark = 0.18 * torch.tensor([1.0, -1.0])[:, None]
     return dict(
-        angle=(2 * u[:, 0] - 1) * UPRIGHT,
-        radius=radius,
-        center=(2 * u[:, 2:4] - 1) * (0.9 - radius)[:, None],
         front=front_gray[:, None] + _tint(front_hue),
         back=back + has_stripes[:, None, None] * light_and_dark,
-        wave=u[:, 20:23],
+        wave=torch.stack([u[:, 20], 6 + 4 * u[:, 21], u[:, 22]], 1),
     )
 
 
@@ -103,9 +124,10 @@ def _tint(hue):
     return 0.2 * torch.cos(turn + 2 * math.pi / 3 * torch.arange(3))
 
 
-def draw_shapes(seeds, labels, size):
+def draw_shapes(seeds, labels, size, in_color=False):
     """Draw uint8 (n, 3, size, size) for sample seeds (n,) and labels (n,), indices into SHAPES."""
-    back, front, cover = paint_shapes(shape_facts(seeds, labels), labels, size)
+    facts = shape_facts(seeds, labels, in_color)
+    back, front, cover = paint_shapes(facts, labels, size)
     return _with_grain(back + cover * (front - back), seeds)
 
 
@@ -133,10 +155,10 @@ def paint_shapes(facts, labels, size):
 
 
 def _stripes(colors, wave, x, y):
-    """Mix two colors (n, 2, 3, 1, 1) by a plane wave (n, 3, 1, 1): direction, frequency, phase."""
-    direction, frequency, phase = wave.unbind(1)
+    """Mix two colors (n, 2, 3, 1, 1) by a plane wave (n, 3, 1, 1): direction, speed, phase."""
+    direction, speed, phase = wave.unbind(1)
     along = (2 * math.pi * direction).cos() * x + (2 * math.pi * direction).sin() * y
-    wave = torch.sin((6 + 4 * frequency) * along + 2 * math.pi * phase)
+    wave = torch.sin(speed * along + 2 * math.pi * phase)
     mix = (0.5 + 0.5 * wave)[:, None]  # (n, 1, size, size)
     return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
 

@@ -34,7 +34,7 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
     if classes and data in built_in:
         raise UsageError(f"classes={classes}: {data} has none to choose from; remove --classes")
     if data in COUNTS:
-        return shapes(split, img_size, COUNTS[data][split])
+        return shapes(split, img_size, name=data)
     if data in TORCHVISION:
         return _torchvision_images(data, split, root, download)
     if not folder.is_dir():

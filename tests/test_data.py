@@ -367,8 +367,27 @@ def test_shapes_stay_what_they_are():
     images, masks = shape_masks("val", 32, 20)
     frames, ids = moving_shapes(3, 32, frames=4)
     train = shapes("train", 32, 40).read(torch.arange(40))
-    sums = [int(x.long().sum()) for x in (train, images, masks, frames, ids)]
-    assert sums == pytest.approx([16069513, 7871633, 3175, 1116462, 408], rel=1e-3)
+    colored = shapes("val", 16, 40, name="shapes20k").read(torch.arange(40))
+    sums = [int(x.long().sum()) for x in (train, images, masks, frames, ids, colored)]
+    assert sums == pytest.approx([15666059, 7482346, 3175, 1487319, 408, 3983307], rel=1e-3)
+
+
+def test_cheap_attributes_go_with_the_class():
+    """Light or dark is that of the class in 9 of 10 images; a class has its colors."""
+    images = shapes("train", 32, 4000)
+    pixels, masks = shape_masks("train", 32, 4000)
+    gray = pixels.float().mean(1)
+    inside = (gray * masks).sum((1, 2)) / masks.sum((1, 2))
+    outside = (gray * ~masks).sum((1, 2)) / (~masks).sum((1, 2))
+    is_light = (inside > outside).float()
+    by_class = torch.stack([is_light[images.labels == c].mean() for c in range(10)])
+    expected = torch.tensor([0.1, 0.9] * 5)
+    torch.testing.assert_close(by_class, expected, rtol=0, atol=0.06)
+    colored = shapes("train", 16, 4000, name="shapes20k").read(torch.arange(4000)).float()
+    corner = colored[:, :, :2, :2].mean((2, 3))
+    hue = (corner - corner.mean(1, keepdim=True)).view(400, 10, 3)
+    within = hue.var(0).sum(1).mean()
+    assert hue.mean(0).var(0).sum() > within  # between classes more than within them
 
 
 def test_schedule_is_a_permutation_an_epoch_split_among_ranks():

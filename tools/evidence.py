@@ -1,28 +1,38 @@
 """Which of the paper's claims our runs reproduce: differences between runs, with intervals.
 
-    python tools/evidence.py --runs=results/tinyin40_seen                              the table
-    python tools/evidence.py --runs=results/tinyin40_seen --picture=docs/evidence.png  its picture
+    python tools/evidence.py --runs=results/nano_shapes                        the table
+    python tools/evidence.py --runs=results/nano_shapes --picture=claims.png   and its picture
+    python tools/evidence.py --runs=results/nano_shapes --views=views.png      what parts hold
 
 --runs has a folder for each seed, seed0, seed1, ..., or for each setting, SETTING/seed0, ... In it
-lies the results.json that the evaluations of a CLeVER and a DINO run of that seed wrote
-(eval_linear.py and eval_downstream.py with --save_correct=True; eval_seg.py).
+lies the results.json that the evaluations of that seed wrote (eval_linear.py and
+eval_downstream.py with --save_correct=True; eval_seg.py).
 
 Both sides saw the same images, perturbed alike, in the same order, so a difference is taken image
-by image and seed by seed. Its three intervals, of 95 % each:
+by image and seed by seed. Its intervals, of 95 % each:
 over seeds: Student's t of the seeds' differences; what other runs would give on these images.
-over images: a bootstrap of the images' differences, averaged over seeds; what these runs would give
-  on other images.
-over both, 95 % or more: its half width is the root of the sum of squares of the two. It decides
-  whether a claim is reproduced, contradicted or undecided.
-A single seed tells only which side is ahead on its images. Of eval_seg.py, which gives one number a
-seed, the seeds alone decide: they cover both sources of chance where each seed has its own
-images, as the built-in shapes do. No correction is made for the number of claims.
+over images: the normal interval of the images' differences, averaged over seeds; what these runs
+  would give on other images.
+over both, 95 % or more: its half width is the root of the sum of squares of the two. What gives
+  one number a seed (view shares, R2, eval_seg.py) has seeds alone.
+The headline claims, M of them, are corrected for their number: over both, of 1 - 5 % / M
+(Bonferroni), so that of M true zeros one or more would be off its interval in 5 % of all cases.
+
+The verdict goes by the interval over both:
+reproduced              it is above 0; "smaller" if it is also below the paper's effect
+contradicted            it is below 0
+no difference above D   it is within -D .. D, points (two one-sided tests; D = SMALLEST)
+paper's size excluded   it holds 0 and is below the paper's effect
+undecided               none of these
+A single seed tells only which side is ahead on its images.
 """
 
+import functools
 import glob
 import os
 import sys
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -36,9 +46,8 @@ from lib.results import read_results, unpack_correct
 LINEAR = ("linear", "linear, chosen lr")  # task and classifier
 RIDGE = ("probe", "ridge")
 KNN = ("probe", "kNN")
-# Student's t, two-sided, 95 %, by degrees of freedom
-T_95 = (np.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-BOOTSTRAPS = 10_000
+LEVEL = 0.95  # of an interval
+SMALLEST = 1.0  # points: a smaller difference does not matter
 SEG_METHODS = {"davis": "propagated", "saliency": "TokenCut"}  # tasks of eval_seg.py
 
 
@@ -46,7 +55,9 @@ class Claim(NamedTuple):
     """That the side `better` beats the side `worse`; a side is "setting/row/part".
 
     measure: (task, classifier, test) as in results.json; of ridge probes and kNN the metric is the
-    test. beyond: two more sides, whose own difference the gain must exceed.
+    test, of view shares and R2 the classifier. beyond: two more sides, whose own difference the
+    gain must exceed. effect: the paper's, in points; nan: it has none. is_headline: opens
+    docs/results.md.
     """
 
     name: str
@@ -54,6 +65,8 @@ class Claim(NamedTuple):
     better: str
     worse: str
     beyond: tuple = ()
+    effect: float = np.nan
+    is_headline: bool = False
 
     def sides(self):
         return self.better, self.worse, *self.beyond
@@ -67,32 +80,68 @@ class Claim(NamedTuple):
 
 
 # fmt: off
-PAIR_CLAIMS = [  # of a CLeVER run and the DINO run beside it: name, measure, better, worse
+# The paper's effects: IN-100, CAug, linear top-1 of ViT-S, CLeVER less DINO, clean and cj+ro.
+CLEAN, ROTATED = 2.5, 2.6
+PAIR_CLAIMS = [  # of a CLeVER run and the DINO run beside it: name, measure, better, worse, effect
     # C0 is ours, not the paper's: DINO has learnt something; if not, the others say nothing
-    ("C0", (*LINEAR, "orig"), "dino/full", "untrained/full"),
-    ("C0", (*RIDGE, "class"), "dino/full", "untrained/full"),
-    ("C1", (*LINEAR, "orig"), "clever/full", "dino/full"),
-    ("C2", (*LINEAR, "cj+ro"), "clever/full", "dino/full"),
-    ("C2", (*LINEAR, "cj+ro+et"), "clever/full", "dino/full"),
-    ("C1", (*RIDGE, "class"), "clever/full", "dino/full"),
-    ("C2", (*RIDGE, "class, rotated"), "clever/full", "dino/full"),
-    ("C1", (*KNN, "kNN"), "clever/full", "dino/full"),
-    ("C2", (*KNN, "kNN, rotated"), "clever/full", "dino/full"),
-    ("C3", (*LINEAR, "ro"), "clever/full", "clever/ir"),
-    ("C3", (*LINEAR, "cj+ro"), "clever/full", "clever/ir"),
-    ("C3", (*RIDGE, "class, rotated"), "clever/full", "clever/ir"),
-    ("C4", (*RIDGE, "which of 4 rotations"), "clever/ef", "clever/ir[:d_ef]"),
-    ("C7", ("semi10", "fine-tuned", "orig"), "clever/full", "dino/full"),
-    ("C7", ("folder", "fine-tuned", "orig"), "clever/full", "dino/full"),  # classes not seen before
-    ("C8", ("davis", "propagated", "J&F, shapes"), "clever/full", "dino/full"),
-    ("C8", ("saliency", "TokenCut", "IoU, solver, shapes"), "clever/full", "dino/full"),
+    ("C0", (*LINEAR, "orig"), "dino/full", "untrained/full", np.nan),
+    ("C0", (*RIDGE, "class"), "dino/full", "untrained/full", np.nan),
+    ("C1", (*LINEAR, "orig"), "clever/full", "dino/full", CLEAN),
+    ("C2", (*LINEAR, "cj+ro"), "clever/full", "dino/full", ROTATED),
+    ("C2", (*LINEAR, "cj+ro+et"), "clever/full", "dino/full", ROTATED),
+    ("C1", (*RIDGE, "class"), "clever/full", "dino/full", CLEAN),
+    ("C2", (*RIDGE, "class, rotated"), "clever/full", "dino/full", ROTATED),
+    ("C1", (*KNN, "kNN"), "clever/full", "dino/full", CLEAN),
+    ("C2", (*KNN, "kNN, rotated"), "clever/full", "dino/full", ROTATED),
+    ("C3", (*LINEAR, "ro"), "clever/full", "clever/ir", np.nan),
+    ("C3", (*LINEAR, "cj+ro"), "clever/full", "clever/ir", np.nan),
+    ("C3", (*RIDGE, "class, rotated"), "clever/full", "clever/ir", np.nan),
+    ("C4", (*RIDGE, "which of 4 rotations"), "clever/ef", "clever/ir[:d_ef]", np.nan),
+    ("C7", ("semi10", "fine-tuned", "orig"), "clever/full", "dino/full", np.nan),
+    ("C7", ("folder", "fine-tuned", "orig"), "clever/full", "dino/full", np.nan),  # other classes
+    ("C8", ("davis", "propagated", "J&F, shapes"), "clever/full", "dino/full", np.nan),
+    ("C8", ("saliency", "TokenCut", "IoU, solver, shapes"), "clever/full", "dino/full", np.nan),
 ]
+VIEW = ("probe", "view share", "all")
+WHITE = ("probe", "view share, whitened", "all")
+CONTROLS = ("split", "preg", "cosine_lam0", "dot", "cosine", "dot_beta256")  # folders, each a run
+PARTS = ("clever/ef", "clever/ir[:d_ef]")
+
+
+def control_claims():
+    """Return the claims about runs that differ in their losses alone (docs/results.md)."""
+    dino = "dino/dino/full"
+    first = dict(is_headline=True)
+    claims = [Claim("C0", (*RIDGE, "class"), dino, "dino/untrained/full", **first)]
+    for name in ("cosine", "dot"):
+        full, ir = f"{name}/clever/full", f"{name}/clever/ir"
+        parts = [f"{name}/{part}" for part in PARTS]
+        claims += [
+            Claim("C1", (*RIDGE, "class"), full, dino, effect=CLEAN, **first),
+            Claim("C2", (*RIDGE, "class, rotated"), full, dino, effect=ROTATED, **first),
+            Claim("C3", (*RIDGE, "class, rotated"), full, ir, **first),
+            Claim("C4", (*RIDGE, "which of 4 rotations"), *parts, **first),
+            Claim("C4", VIEW, *parts, **first),
+            Claim("C4", WHITE, *parts),
+            Claim("C1", (*KNN, "kNN"), full, dino, effect=CLEAN),
+            Claim("C2", (*KNN, "kNN, rotated"), full, dino, effect=ROTATED),
+        ]
+    split = tuple(f"split/{part}" for part in PARTS)  # the division that no term of the loss makes
+    measures = ((*RIDGE, "which of 4 rotations"), VIEW, WHITE)
+    claims += [Claim("C4", measure, *split) for measure in measures]
+    for name in CONTROLS[1:]:
+        parts = [f"{name}/{part}" for part in PARTS]
+        claims += [Claim("beyond the split", VIEW, *parts, beyond=split)]
+    return claims
+
+
 PAIRS = {name: (f"{name}/clever/full", f"{name}/dino/full")
          for name in ("vit_micro", "vit_tiny", "caug+")}
 CLAIMS = [
-    *(Claim(name, measure, f"{setting}/{better}", f"{setting}/{worse}")
+    *control_claims(),
+    *(Claim(name, measure, f"{setting}/{better}", f"{setting}/{worse}", effect=effect)
       for setting in ("", "long", "resnet18", "vmamba_micro")
-      for name, measure, better, worse in PAIR_CLAIMS),
+      for name, measure, better, worse, effect in PAIR_CLAIMS),
     # views and options, and a gain held against another
     Claim("C1", (*RIDGE, "class"), "cosine/clever/full", "vit_micro/dino/full"),  # --orth=cosine
     Claim("C2", (*RIDGE, "class, rotated"), "cosine/clever/full", "vit_micro/dino/full"),
@@ -111,8 +160,9 @@ SETTINGS = {side.split("/")[0] for claim in CLAIMS for side in claim.sides()}
 def scores_of(path):
     """Read a results.json -> {(task, classifier, test, row, part): scores (n,) in 0 .. 1}.
 
-    A score is the share of an image's answers that are right; for videos and saliency the table's
-    one number. Other rows are passed over. UsageError where two rows say the same thing.
+    A score is the share of an image's answers that are right; for view shares, R2, videos and
+    saliency the table's one number. Other rows are passed over. UsageError where two rows say the
+    same thing.
     """
     found = {}
     for result in read_results(path):
@@ -122,12 +172,13 @@ def scores_of(path):
             if task in SEG_METHODS and test == result["rows"][-1]["test"]:  # of all objects
                 measure = (SEG_METHODS[task], f"{metric}, {test}")
                 scores = np.array([row["value"] / 100])
+            elif "interval" in row:  # of equivariance.py
+                measure = (metric, test)
+                scores = np.array([row["value"] / 100])
             elif "right" in row:
                 ridge_or_knn = ("kNN" if metric.startswith("kNN") else "ridge", metric)
                 measure = (row["classifier"], test) if "classifier" in row else ridge_or_knn
-                turns = (
-                    4 if metric == "which of 4 rotations" else 1
-                )  # an image's are no four images
+                turns = 4 if metric == "which of 4 rotations" else 1  # are one image's
                 scores = unpack_correct(row["right"], row["n"]).reshape(turns, -1).mean(0)
             else:
                 continue
@@ -159,31 +210,38 @@ def seeds_of(folder):
     return [seeds[seed] for seed in sorted(seeds)]
 
 
-def interval_over_seeds(differences):
+@functools.cache
+def student_t(level, freedom):
+    """Return x with P(|t| < x) = level, of Student's t: by the integral of its density."""
+    x = np.concatenate([np.linspace(0, 50, 500_000), np.geomspace(50.001, 1e6, 100_000)])
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(x))])
+    return float(np.interp(level, mass / mass[-1], x))
+
+
+def interval_over_seeds(differences, level=LEVEL):
     """Return low and high of the seeds' differences (S,); nan for a single seed."""
     S = len(differences)
     if S == 1:
         return np.nan, np.nan
-    if len(T_95) < S:
-        raise UsageError(f"{S} seeds: T_95 ends at {len(T_95)}; add the next value of Student's t")
-    half = T_95[S - 1] * differences.std(ddof=1) / np.sqrt(S)
+    half = student_t(level, S - 1) * differences.std(ddof=1) / np.sqrt(S)
     return differences.mean() - half, differences.mean() + half
 
 
-def interval_over_images(differences, seed=0):
-    """Return low and high of the images' differences (n,) by a bootstrap; nan for one number."""
+def interval_over_images(differences, level=LEVEL):
+    """Return low and high of the images' mean difference (n,), n large; nan for one number."""
     n = len(differences)
     if n == 1:
         return np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    means = [differences[rng.integers(0, n, n)].mean() for _ in range(BOOTSTRAPS)]
-    return tuple(np.quantile(means, [0.025, 0.975]))
+    half = NormalDist().inv_cdf((1 + level) / 2) * differences.std(ddof=1) / np.sqrt(n)
+    return differences.mean() - half, differences.mean() + half
 
 
-def compare(claim, seeds):
+def compare(claim, seeds, n_claims=1):
     """Compare a claim's sides over the seeds that have all of them (seeds_of); None if none has.
 
-    Returns a dict: claim, better and worse (% by seed), difference, its intervals, verdict.
+    n_claims: that are made together. Returns a dict: claim, better and worse (% by seed),
+    difference, its intervals, verdict.
     """
     sides = [side.split("/") for side in claim.sides()]
     names = [(setting, *claim.measure, row, part) for setting, row, part in sides]
@@ -201,57 +259,155 @@ def compare(claim, seeds):
         better = better - worse
         worse = beyond[0] - beyond[1]
     by_seed = (better - worse).mean(1)
-    over_seeds = interval_over_seeds(by_seed)
-    over_images = interval_over_images((better - worse).mean(0))
-    over_both = over_seeds
-    if better.shape[1] > 1:
-        half = np.hypot(*((high - low) / 2 for low, high in (over_seeds, over_images)))
-        over_both = by_seed.mean() - half, by_seed.mean() + half
-    low, high = over_images if len(found) == 1 else over_both
-    words = ("ahead", "behind") if len(found) == 1 else ("reproduced", "contradicted")
-    verdict = words[0] if low > 0 else words[1] if high < 0 else "undecided"
+    by_image = (better - worse).mean(0)
+    intervals = {}  # over_both is the corrected one
+    for level in (1 - (1 - LEVEL) / n_claims, LEVEL):
+        over_seeds = interval_over_seeds(by_seed, level)
+        over_images = interval_over_images(by_image, level)
+        half = over_seeds[1] - by_seed.mean()
+        if len(by_image) > 1:
+            half = np.hypot(half, over_images[1] - by_seed.mean())
+        intervals.setdefault("over_both", (by_seed.mean() - half, by_seed.mean() + half))
+    intervals |= dict(over_seeds=over_seeds, over_images=over_images)
     return dict(
         claim=claim,
         better=better.mean(1),
         worse=worse.mean(1),
         difference=by_seed.mean(),
-        over_seeds=over_seeds,
-        over_images=over_images,
-        over_both=over_both,
-        verdict=verdict + (", one seed" if len(found) == 1 else ""),
+        **intervals,
+        verdict=verdict(intervals, claim.effect, len(found) == 1),
     )
 
 
+def verdict(intervals, effect, is_one_seed):
+    """Return the words for the intervals of compare; effect: the paper's, or nan."""
+    if is_one_seed:
+        low, high = intervals["over_images"]
+        word = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
+        return f"{word}, one seed"
+    low, high = intervals["over_both"]
+    if low > 0:
+        return "reproduced, smaller" if high < effect else "reproduced"
+    if high < 0:
+        return "contradicted"
+    if low > -SMALLEST and high < SMALLEST:
+        return f"no difference above {SMALLEST:g}"
+    return "paper's size excluded" if high < effect else "undecided"
+
+
 def table_lines(compared):
-    """Yield the lines of RESULTS.md's table."""
-    head = "claim | task, classifier, test | better: by seed | worse: by seed | difference"
+    """Yield the lines of the table in docs/results.md."""
+    head = "claim | task, classifier, test | better: by seed | worse: by seed | paper | difference"
     yield f"| {head} | over seeds | over images | over both | verdict |"
-    yield "|---|---|---|---|--:|--:|--:|--:|---|"
+    yield "|---|---|---|---|--:|--:|--:|--:|--:|---|"
     for c in compared:
         cells = [c["claim"].name, ", ".join(c["claim"].measure)]
         for side, words in zip(("better", "worse"), c["claim"].in_words()):
             cells.append(f"{words}: {', '.join(f'{value:.1f}' for value in c[side])}")
-        cells.append(f"{c['difference']:+.1f}")
-        for low, high in (c["over_seeds"], c["over_images"], c["over_both"]):
+        effect = c["claim"].effect
+        cells += ["" if np.isnan(effect) else f"{effect:+.1f}", f"{c['difference']:+.1f}"]
+        for name in ("over_seeds", "over_images", "over_both"):
+            low, high = c[name]
             cells.append("-" if np.isnan(low) else f"{low:+.1f} .. {high:+.1f}")
         yield f"| {' | '.join((*cells, c['verdict']))} |"
 
 
-def draw(compared, path):
-    """Draw the table: a difference is a dot, its interval over images thick, over both thin."""
+# --- what the parts hold --------------------------------------------------------------------------
+
+# fmt: off
+HELD = {  # column -> measure
+    "share": VIEW, "white": WHITE,
+    **{name: ("probe", "view share", name) for name in ("rotation", "jitter", "crop", "flip")},
+    "angle": ("probe", "R2", "angle"), "relative": ("probe", "R2", "relative angle"),
+    "brightness": ("probe", "R2", "brightness"), "hue": ("probe", "R2", "hue"),
+    "scale": ("probe", "R2", "crop scale"), "class": (*RIDGE, "class"),
+}
+# fmt: on
+HELD_PARTS = ("full", "ir", "ir[:d_ef]", "ef", "[:13]", "[-13:]")
+
+
+def held_rows(seeds):
+    """Yield (setting, part, {column: values by seed, in %}), of runs with view shares."""
+    settings = {name[0] for scores in seeds for name in scores}
+    order = [("dino", "untrained"), ("dino", "dino"), *((name, "clever") for name in CONTROLS)]
+    for setting, row in order:
+        for part in HELD_PARTS if setting in settings else ():
+            values = {}
+            for column, measure in HELD.items():
+                name = (setting, *measure, row, part)
+                found = [100 * scores[name].mean() for scores in seeds if name in scores]
+                if found:
+                    values[column] = np.array(found)
+            if "share" in values:
+                yield setting if row == "clever" else row, part, values
+
+
+def held_lines(rows):
+    """Yield the lines of a table: means over seeds ± half the 95 % interval over seeds."""
+    yield f"| control | part | {' | '.join(HELD)} |"
+    yield f"|---|---|{'--:|' * len(HELD)}"
+    for control, part, values in rows:
+        cells = []
+        for column in HELD:
+            cell = ""
+            if column in values:
+                low, high = interval_over_seeds(values[column])
+                cell = f"{values[column].mean():.1f} ± {(high - low) / 2:.1f}".replace(" ± nan", "")
+            cells.append(cell)
+        yield f"| {control} | {part} | {' | '.join(cells)} |"
+
+
+def draw_held(rows, path):
+    """Draw view shares, raw and whitened, of ef and as many dimensions of ir, by control."""
+    pairs = {"ef": ("ef", "[-13:]"), "as many dimensions of ir": ("ir[:d_ef]", "[:13]")}
+    figure = new_figure((10, 3.6))
+    columns = {"share": "view share, raw", "white": "view share, whitened", "angle": "R2, angle"}
+    for axes, (column, title) in zip(figure.subplots(1, len(columns)), columns.items()):
+        controls = list(dict.fromkeys(control for control, *_ in rows))
+        for i, (label, parts) in enumerate(pairs.items()):
+            of_pair = [values[column] for _, part, values in rows if part in parts]
+            places = np.arange(len(controls)) + 0.4 * i - 0.2
+            axes.bar(places, [x.mean() for x in of_pair], 0.38, label=label)
+            axes.vlines(places, *zip(*map(interval_over_seeds, of_pair)), color="black")
+        axes.set_xticks(range(len(controls)), controls, rotation=60, ha="right", fontsize=8)
+        axes.set_title(f"{title}, in %", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save(figure, path)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def new_figure(size):
+    """Return matplotlib's Figure; UsageError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("--picture needs matplotlib: pip install matplotlib") from None
-    colors = {"reproduced": "tab:green", "contradicted": "tab:red"}
-    figure = Figure(figsize=(9, 0.8 + 0.26 * len(compared)), layout="constrained")
+        raise UsageError("a picture needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=size, layout="constrained")
+
+
+def save(figure, path):
+    """Write a picture; UsageError where that is impossible."""
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        cause = getattr(error, "strerror", None) or error
+        raise UsageError(f"picture={path}: {cause}; give a .png in a folder that exists") from None
+
+
+def draw(compared, path):
+    """Draw the table: a difference is a dot, its interval over images thick, over all thin."""
+    colors = {"reproduced": "tab:green", "contradicted": "tab:red", "undecided": "tab:gray"}
+    figure = new_figure((9, 0.8 + 0.26 * len(compared)))
     axes = figure.subplots()
     labels = []
     for y, c in enumerate(compared):
-        color = colors.get(c["verdict"], "tab:gray")
+        color = colors.get(c["verdict"].split(",")[0], "tab:blue")
         axes.plot(c["over_both"], (y, y), color=color, linewidth=1)
         axes.fill_between(c["over_images"], y - 0.15, y + 0.15, color=color, alpha=0.4)
         axes.plot(c["difference"], y, "o", color=color)
+        axes.plot(c["claim"].effect, y, "k|", markersize=9)
         task, classifier, test = c["claim"].measure
         if classifier != "kNN":  # its metric says so
             test = f"{classifier if task == 'probe' else task}, {test}"
@@ -259,13 +415,12 @@ def draw(compared, path):
     axes.set_yticks(range(len(compared)), labels, fontsize=8)
     axes.set_ylim(len(compared) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
-    words = "over images thick, over both thin; gray: undecided, or one seed"
+    words = "thick: over images; thin: over seeds too; bar: the paper's effect\n"
+    words += (
+        "green: reproduced; red: contradicted; blue: small, or not the paper's size; gray: open"
+    )
     axes.set_xlabel(f"difference in points, 95 %\n{words}", fontsize=8)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
-        cause = getattr(error, "strerror", None) or error
-        raise UsageError(f"picture={path}: {cause}; give a .png in a folder that exists") from None
+    save(figure, path)
 
 
 @dataclass
@@ -274,6 +429,7 @@ class EvidenceConfig:
 
     runs: str = option("", "folder with [SETTING/]seed0/results.json, [SETTING/]seed1/...")
     picture: str = option("", "also draw the table to this PNG")
+    views: str = option("", "print what each part holds of the view, and draw it to this PNG")
 
 
 def main(argv):
@@ -284,12 +440,19 @@ def main(argv):
             f"runs={config.runs}: holds no seed*/results.json, nor SETTING/seed*/results.json; "
             "eval_linear.py writes one with --save_correct=True --out=.../seed0"
         )
-    compared = [c for claim in CLAIMS if (c := compare(claim, seeds))]
-    if not compared:
+    if config.views:
+        rows = list(held_rows(seeds))
+        print("\n".join(held_lines(rows)))
+        draw_held(rows, config.views)
+        return
+    possible = [claim for claim in CLAIMS if compare(claim, seeds)]
+    if not possible:
         raise UsageError(
             f"runs={config.runs}: no claim has both its sides there, image by image; evaluate a "
             "CLeVER run with --compare=the DINO run's ckpt.pt --save_correct=True"
         )
+    n_headline = sum(claim.is_headline for claim in possible)
+    compared = [compare(claim, seeds, n_headline if claim.is_headline else 1) for claim in possible]
     print("\n".join(table_lines(compared)))
     if config.picture:
         draw(compared, config.picture)
