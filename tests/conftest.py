@@ -30,6 +30,7 @@ SHARED = ROOT.parent / "shared" / "data"
 TINY = dict(
     arch="vit_micro",
     patch_size=8,
+    stem="imagenet",
     img_size=32,
     local_size=16,
     local_crops=2,

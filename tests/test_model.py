@@ -83,6 +83,42 @@ def test_resnet_is_torchvisions_without_fc(arch, dim):
     assert backbone(x).shape == (2, dim)
 
 
+def test_small_stem_is_torchvisions_but_for_the_stem(tmp_path):
+    """ResNet-18 as on CIFAR: 3x3, stride 1, no pooling. 32 px end as 4 x 4; files load as such."""
+    backbone = model.build_backbone("resnet18", stem="small")
+    reference = torchvision.models.resnet18()
+    reference.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    reference.maxpool = torch.nn.Identity()
+    reference.fc = torch.nn.Identity()
+    reference.load_state_dict(backbone.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(backbone.eval()(x), reference.eval()(x), atol=1e-4, rtol=1e-4)
+    sizes = []
+    reference.layer4.register_forward_hook(lambda *args: sizes.append(args[-1].shape[-2:]))
+    reference(x)
+    assert sizes == [(4, 4)]
+    torch.save(backbone.state_dict(), tmp_path / "a.pt")
+    loaded, facts = weights.load_backbone(tmp_path / "a.pt")
+    assert facts["arch"] == "resnet18" and facts["stem"] == "small"
+    torch.testing.assert_close(loaded(x), backbone(x))
+
+
+@pytest.mark.parametrize(
+    "arch, img_size, stem",
+    [("resnet18", 32, "small"), ("resnet18", 96, "imagenet"), ("vit_micro", 32, "imagenet")],
+)
+def test_stem_is_small_for_small_images_unless_given(arch, img_size, stem):
+    config = tiny_config(arch=arch, img_size=img_size, stem="auto")
+    network = model.build_network(config)
+    assert config.stem == stem
+    if arch == "resnet18":
+        assert network.backbone.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
+        given = model.build_network(tiny_config(arch=arch, img_size=img_size, stem="imagenet"))
+        assert given.backbone.conv1.kernel_size == (7, 7)
+    with pytest.raises(UsageError, match="only ResNets have"):
+        model.build_backbone("vit_micro", stem="small")
+
+
 @pytest.mark.parametrize(
     "wrong, hint", [("vit_smal", "vit_small"), ("resnet5", "resnet5"), ("", "vit_tiny")]
 )
