@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict, namedtuple
 
 from lib.config import UsageError, did_you_mean
+from lib.siamese import SiameseHead
 
 import torch
 import torch.nn as nn
@@ -164,26 +165,20 @@ def _vmamba(shape, img_size, patch_size, drop_path):
     return VMamba(*shape, drop_path)  # any size, a patch of 4
 
 
-def _resnet(name, img_size, patch_size, drop_path):  # torchvision's without fc
+def _resnet(name, img_size, patch_size, drop_path, stem="imagenet"):
+    """Build torchvision's ResNet without fc; stem 'small': 3x3, stride 1, no pooling.
+
+    The small one is for 32 px, of which ImageNet's leaves one pixel (He et al. 2016, section 4.2).
+    """
     backbone = torchvision.models.get_model(name, weights=None)
     backbone.dim = backbone.fc.in_features
     backbone.stride = 1
     backbone.fc = nn.Identity()
+    if stem == "small":
+        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
     return backbone.to(memory_format=torch.channels_last)
-
-
-def use_small_stem(resnet, name):
-    """Replace a ResNet's 7x7 convolution of stride 2 and its pooling by a 3x3 of stride 1.
-
-    For images of 32 px (He et al. 2016, section 4.2; the CIFAR tables of SimCLR and after). With
-    ImageNet's stem their last map is one pixel. Names and all other shapes are torchvision's.
-    """
-    if name not in RESNETS:
-        raise UsageError(f"stem=small: {name} has no such stem, only ResNets have; remove --stem")
-    conv = nn.Conv2d(3, resnet.conv1.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
-    resnet.conv1 = conv.to(memory_format=torch.channels_last)
-    resnet.maxpool = nn.Identity()
 
 
 RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
@@ -204,9 +199,10 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0, stem="image
     if name not in BACKBONES:
         near = did_you_mean(name, BACKBONES)
         raise UsageError(f"unknown backbone {name!r}{near}; choose from {', '.join(BACKBONES)}")
-    backbone = BACKBONES[name](img_size=img_size, patch_size=patch_size, drop_path=drop_path)
-    if stem == "small":
-        use_small_stem(backbone, name)
+    if stem == "small" and name not in RESNETS:
+        raise UsageError(f"stem=small: {name} has no such stem, only ResNets have; remove --stem")
+    sizes = dict(img_size=img_size, patch_size=patch_size, drop_path=drop_path)
+    backbone = BACKBONES[name](**sizes, **(dict(stem=stem) if name in RESNETS else {}))
     if not next(backbone.parameters()).is_meta:
         check_contract(backbone, name)
     return backbone
@@ -277,26 +273,6 @@ class ProjectionHead(nn.Module):
         unit = self.embed(z)
         with torch.autocast(z.device.type, enabled=False):
             return self.last_layer(unit)
-
-
-class SiameseHead(nn.Module):
-    """SimSiam's projector and predictor (Chen and He 2021, section 3). DDCL: one for each part."""
-
-    def __init__(self, in_dim, hidden=2048, bottleneck=512):
-        super().__init__()
-        layers = []
-        for width in (in_dim, hidden, hidden):
-            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
-        layers[-2:] = [nn.BatchNorm1d(hidden, affine=False)]
-        self.projector = nn.Sequential(*layers)
-        layers = [nn.Linear(hidden, bottleneck, bias=False), nn.BatchNorm1d(bottleneck), nn.ReLU()]
-        self.predictor = nn.Sequential(*layers, nn.Linear(bottleneck, hidden))
-
-    def embed(self, z):
-        """Map z (2 B, in_dim), view by view, to projections and predictions (2, 2 B, hidden)."""
-        projections = torch.cat([self.projector(view) for view in z.chunk(2)])  # batch norm by view
-        predictions = torch.cat([self.predictor(view) for view in projections.chunk(2)])
-        return torch.stack([projections, predictions])
 
 
 # V views of B images: z_ir (V, B, d_ir), z_ef (V, B, d_ef); ir, ef: the heads' embed, unit vectors

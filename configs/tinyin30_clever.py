@@ -1,12 +1,12 @@
-"""CLeVER on 30 classes of Tiny ImageNet (15,000 images of 64 px): the setting of RESULTS.md.
+"""CLeVER on 30 classes of Tiny ImageNet (15,000 images of 64 px): a setting of docs/results.md.
 
     python train.py configs/tinyin30_clever.py --data=/path/to/tinyin40
     python eval_linear.py --protocol=ridge --ckpt=out/tinyin30_clever/ckpt.pt
 
 The folder has train/CLASS/* and val/CLASS/*. For DINO: --method=dino --out_dir=out/tinyin30_dino.
 The preset with the smallest crops: here many cheap images are worth more than large ones.
-RESULTS.md tells what was tuned, on DINO alone.
-Hardware: one CPU core in fp32. Measured time and accuracy: RESULTS.md, rows *long*.
+docs/results.md tells what was tuned, on DINO alone.
+Hardware: one CPU core in fp32. Measured time and accuracy: docs/results.md.
 Options without a comment here have theirs in tinyin40_clever.py.
 """
 

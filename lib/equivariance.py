@@ -75,7 +75,7 @@ def view_features(backbone, images, size, here, workers, seed, changes, progress
 
 
 def thinned(images, dim):
-    """Return enough of the images for z of `dim` dimensions, evenly spread over the data set."""
+    """Return enough of the images for z of `dim` dimensions, evenly variance over the data set."""
     enough = max(LEAST_IMAGES, IMAGES_PER_DIM * dim)
     n = len(images)
     return images if n <= enough else subset(images, torch.arange(enough) * n // enough)
@@ -97,7 +97,7 @@ def compared_parts(dim, d_ir, d_split):
 
 
 def view_share(z, weights=None):
-    """Return the view share of z (N, M, D), M views of N images; in 0 .. 1, by chance a bit more.
+    """Return the view share of z (N, M, D), M views of N images; in 0 .. 1.
 
     weights (..., N): how often each image counts, for the bootstrap; returns (...).
     Both variances are unbiased: of noise the share is 1 whatever M is.
@@ -123,8 +123,8 @@ def whitened(z):
     flat = z.double().flatten(0, 1)
     flat = flat - flat.mean(0)
     values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-    kept = values > NEGLIGIBLE * values[-1]
-    return (flat @ (vectors[:, kept] * values[kept].rsqrt())).view(*z.shape[:2], -1)
+    is_large = values > NEGLIGIBLE * values[-1]
+    return (flat @ (vectors[:, is_large] * values[is_large].rsqrt())).view(*z.shape[:2], -1)
 
 
 def share_and_bootstrap(z):
@@ -198,9 +198,9 @@ def r_squared(train_z, train_y, test_z, test_y):
     predicted = torch.cat(list(predict(test_z.flatten(0, 1))))
     error = predicted.view(test_y.shape) * std + mean - test_y
     error = error.square().sum((1, 2))  # (N,)
-    spread = (test_y - test_y.mean((0, 1))).square().sum((1, 2))
+    variance = (test_y - test_y.mean((0, 1))).square().sum((1, 2))
     counts = resamplings(len(test_z), device)
-    return (1 - error.sum() / spread.sum()).item(), 1 - counts @ error / (counts @ spread)
+    return (1 - error.sum() / variance.sum()).item(), 1 - counts @ error / (counts @ variance)
 
 
 def accuracy(train_z, train_y, test_z, test_y):
@@ -283,10 +283,11 @@ def _row(facts, metric, test, value, bootstrap):
     return dict(facts, metric=metric, test=test, value=value, interval=interval(bootstrap))
 
 
-def shares_to_log(model, images, size, here, workers, seed):
+def shares_to_log(model, images, config, here):
     """Return {"view_share_PART", "view_share_white_PART": share of all changes}, for log.jsonl."""
     images = thinned(images, model.backbone.dim)
-    z = view_features(model.backbone, images, size, here, workers, seed, ["all"])["all"]
+    how = (config.img_size, here, config.workers, config.seed)
+    z = view_features(model.backbone, images, *how, ["all"])["all"]
     numbers = {}
     for part, columns in part_slices(model.backbone.dim, model.d_ir).items():
         numbers[f"view_share_{part}"] = view_share(z[..., columns]).item()

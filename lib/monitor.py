@@ -203,8 +203,7 @@ class Monitor:
                 top1 = features.knn_accuracy(z[:, columns], y, x[:, columns], val_y)
                 numbers[f"{name}_{part}"] = top1
         shown = self.val_set if self.has_labels else self.train_set
-        given = (config.img_size, run.here, config.workers, config.seed)
-        return numbers | equivariance.shares_to_log(model, shown, *given)
+        return numbers | equivariance.shares_to_log(model, shown, config, run.here)
 
     def needs_table(self):
         """Tell whether the run ends with a table: probe_at_end, labels, and none is there yet."""

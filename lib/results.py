@@ -48,14 +48,13 @@ def table_lines(rows):
     Rows with an interval, of equivariance.py, have two more tables: shares and parameters by test.
     """
     on_views = [row for row in rows if "interval" in row]
-    shares = [row for row in on_views if row["metric"].startswith("view share")]
-    parameters = [row for row in on_views if row not in shares]
     main = [row for row in rows if "interval" not in row or row["test"] == "all"]
     kind = "classifier" if "classifier" in main[0] else ""
     yield from _table_lines(main, "test" if kind else "metric", kind)
-    for of_table in filter(None, (shares, parameters)):
-        yield ""
-        yield from _table_lines(of_table, "test", "metric")
+    for is_share in (True, False):
+        of_table = [row for row in on_views if row["metric"].startswith("view share") == is_share]
+        if of_table:
+            yield from ("", *_table_lines(of_table, "test", "metric"))
 
 
 def _table_lines(rows, column, kind):

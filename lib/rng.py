@@ -14,8 +14,7 @@ STREAMS = {  # what the numbers are for -> what is hashed; "+ i": one stream for
     "global_view": 10,  # + i
     "local_view": 12,   # + i, up to 80
     "perturbation": 20, "quarter_turn": 30,  # of evaluations
-    "drop_path": 100,   # + i, the view
-    "view": 200,        # + i, of equivariance.py
+    "drop_path": 100, "view": 200,  # + i, the view: of training; of equivariance.py
     # from the seed of a run or of one image of shapes
     "shapes_train": 10, "shapes_val": 11, "video": 30, "video_grain": 31, "cached_view": 40,
     "grain": 1, "motion": 2,

@@ -91,9 +91,8 @@ class RunDir:
         """UsageError if the folder's run has other options than this one, where they matter."""
         here = json.loads(json.dumps(asdict(self.run.config)))
         defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
-        defaults["stem"] = "imagenet"  # what runs had before there was a choice
-        there = defaults | {RENAMED.get(name, name): there[name] for name in there}
-        there = json.loads(json.dumps(there))
+        there = {RENAMED.get(name, name): there[name] for name in there}
+        there = json.loads(json.dumps(defaults | dict(stem="imagenet") | there))  # the old stem
         if here["ratio"] == 1.0:  # no split; older runs kept the default
             there["ratio"] = 1.0
         differ = []

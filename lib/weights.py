@@ -34,8 +34,7 @@ def load_backbone(path, part="teacher"):
     arch, facts = _recognize(state, path, config.get("arch"))
     if config.get("arch") != arch and config is not beside:
         raise UsageError(f"{path}: its config says {config['arch']}, its weights are a {arch}'s")
-    if config.get("arch") != arch:
-        config = dict(arch=arch, **facts)
+    config = config if config.get("arch") == arch else dict(arch=arch, **facts)
     config = config | dict(stem=facts["stem"])  # older configs have none
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they do not split, whatever older files say

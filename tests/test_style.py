@@ -33,8 +33,9 @@ ROOMS = {
     "lib/config.py": (230, set()),
     "lib/rng.py": (60, set()),
     "lib/data.py": (380, {"augment", "lib.images", "lib.processor", "lib.resident", "lib.sources"}),
-    "lib/shapes.py": (150, {"lib.images"}),
+    "lib/shapes.py": (200, {"lib.images"}),
     "lib/fused.py": (130, {"losses", "lib.compiled"}),
+    "lib/siamese.py": (30, set()),
     "lib/scan_triton.py": (283, set()),
     "lib/weights.py": (100, {"model", "lib.machine", "lib.checkpoint"}),
     "lib/machine.py": (150, {"lib.processor"}),
@@ -48,9 +49,11 @@ ROOMS = {
             "lib.machine",
             "lib.results",
             "lib.collapse",
+            "lib.equivariance",
             "lib.run",
         },
     ),
+    "lib/equivariance.py": (320, {"augment", "lib.features", "lib.images", "lib.resident"}),
     "lib/features.py": (
         330,
         {
@@ -65,7 +68,7 @@ ROOMS = {
             "lib.weights",
         },
     ),
-    "lib/results.py": (130, {"lib.machine", "lib.checkpoint"}),
+    "lib/results.py": (135, {"lib.machine", "lib.checkpoint"}),
     # of augment.py: its operations on pixels; one copy and one graph on a GPU
     "lib/pixels.py": (80, set()),
     "lib/packed.py": (20, set()),
@@ -244,8 +247,8 @@ def test_the_method_is_read_in_one_sitting():
 
 
 def test_all_code_together():
-    # 7,550 after the rooms; resident images and the GPU work came on top. Aim at 5,800
-    assert sum(map(length, CODE)) < 8450
+    # 7,550 after the rooms; resident images, the GPU work, view shares came on top. Aim at 5,800
+    assert sum(map(length, CODE)) < 9150
 
 
 # --- statements
