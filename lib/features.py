@@ -306,7 +306,8 @@ def open_models(config, here):
 
 
 def _facts(trained):
-    return {name: trained[name] for name in ("arch", "img_size", "patch_size", "stem")}
+    facts = {name: trained[name] for name in ("arch", "img_size", "patch_size")}
+    return facts | dict(stem=trained.get("stem", "imagenet"))  # older runs know no other
 
 
 def untrained_model(trained, seed, here):

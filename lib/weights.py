@@ -24,7 +24,7 @@ def load_backbone(path, part="teacher"):
     part: 'teacher' or 'student', if the file holds both. Strict: names and shapes are those of one
     of BACKBONES; only classifiers and projection heads are left out.
     Returns the backbone in eval mode and its run's config (of backbone.pt: config.json beside it).
-    The config of third-party weights has arch, img_size, patch_size and stem only.
+    The config of third-party weights has arch, img_size, patch_size and, if it is small, stem.
     """
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
@@ -35,7 +35,6 @@ def load_backbone(path, part="teacher"):
     if config.get("arch") != arch and config is not beside:
         raise UsageError(f"{path}: its config says {config['arch']}, its weights are a {arch}'s")
     config = config if config.get("arch") == arch else dict(arch=arch, **facts)
-    config = config | dict(stem=facts["stem"])  # older configs have none
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they do not split, whatever older files say
     backbone = build_backbone(arch, **facts)
@@ -80,7 +79,7 @@ def _backbone_weights(checkpoint, part, path):
 
 
 def _recognize(state, path, first):
-    """Return the arch with these names and shapes, and {img_size, patch_size, stem} of it.
+    """Return the arch with these names and shapes, and build_backbone's options for it.
 
     first: the arch to try first, for two may have the same.
     """
@@ -90,12 +89,11 @@ def _recognize(state, path, first):
     sizes = dict(img_size=224, patch_size=16)
     if len(patch) == 4 and patch[-1] > 0 and len(positions) == 3 and positions[1] > 1:
         sizes = dict(img_size=math.isqrt(positions[1] - 1) * patch[-1], patch_size=patch[-1])
-    kernel = shapes.get("conv1.weight", ())  # of a ResNet's stem (D, 3, 7, 7), or (D, 3, 3, 3)
-    stem = "small" if kernel[-1:] == (3,) else "imagenet"
+    is_small = shapes.get("conv1.weight", ())[-1:] == (3,)  # of a ResNet; ImageNet's is (7, 7)
     differing = {}
     for arch in sorted(BACKBONES, key=lambda arch: arch != first):
         with torch.device("meta"):
-            facts = dict(sizes, stem=stem if arch in RESNETS else "imagenet")
+            facts = dict(sizes, stem="small") if is_small and arch in RESNETS else sizes
             expected = build_backbone(arch, **facts).state_dict()
         wanted = {name: tuple(x.shape) for name, x in expected.items()}
         wrong = {n for n in wanted | shapes if wanted.get(n) != shapes.get(n)}

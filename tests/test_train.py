@@ -91,6 +91,7 @@ def test_a_step_is_the_reference_step(folder, method):
         clip_grad=0.05,
         freeze_last_layer=0,
         lambda_preg=0.01,
+        orth="dot",
         warmup_epochs=0,
     )
     images = sources.open_images(str(folder), "train")
