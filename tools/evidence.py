@@ -111,9 +111,9 @@ PARTS = ("clever/ef", "clever/ir[:d_ef]")
 def control_claims():
     """Return the claims about runs that differ in their losses alone (docs/results.md)."""
     dino = "dino/dino/full"
-    first = dict(is_headline=True)
-    claims = [Claim("C0", (*RIDGE, "class"), dino, "dino/untrained/full", **first)]
+    claims = [Claim("C0", (*RIDGE, "class"), dino, "dino/untrained/full", is_headline=True)]
     for name in ("cosine", "dot"):
+        first = dict(is_headline=name == "cosine")  # the default
         full, ir = f"{name}/clever/full", f"{name}/clever/ir"
         parts = [f"{name}/{part}" for part in PARTS]
         claims += [
