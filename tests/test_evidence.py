@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, arguments, run_script
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -303,3 +303,18 @@ def test_the_tables_of_results_are_those_of_the_kept_answers(capsys, runs):
     assert len(lines) > 10
     for line in lines:
         assert line in text, line
+
+
+def test_the_gradients_of_a_run_are_told(folder, tmp_path):
+    """L_PReg pulls at both heads alike and at no backbone; without a weight nothing pulls."""
+    how = arguments(data=folder, out_dir=tmp_path, epochs=1, warmup_epochs=0, beta=0)
+    run_script("train.py", *how)
+    done = run_script("tools/gradients.py", f"--ckpt={tmp_path / 'ckpt.pt'}")
+    lengths = {}
+    for line in done.stdout.splitlines()[-3:]:
+        term, *words = line.split()
+        lengths[term] = dict(zip(words[::2], map(float, words[1::2])))
+    assert lengths["L_CL"]["backbone"] > 0 and lengths["L_CL"]["head_ef"] == 0
+    assert set(lengths["L_Orth"].values()) == {0.0}
+    preg = lengths["L_PReg"]
+    assert preg["backbone"] == 0 and preg["head_ir"] > 0 and preg["head_ef"] > 0

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench
 import evidence
+import gradients
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
@@ -84,6 +85,7 @@ OPTIONS = {  # script -> its options
     "eval_seg.py": eval_seg.SegConfig,
     "tools/bench.py": bench.BenchConfig,
     "tools/evidence.py": evidence.EvidenceConfig,
+    "tools/gradients.py": gradients.GradientsConfig,
 }
 
 
