@@ -419,7 +419,8 @@ def draw(compared, path):
     words += (
         "green: reproduced; red: contradicted; blue: small, or not the paper's size; gray: open"
     )
-    axes.set_xlabel(f"difference in points, 95 %\n{words}", fontsize=8)
+    axes.set_xlabel("difference in points, 95 %", fontsize=8)
+    figure.supxlabel(words, fontsize=8)
     save(figure, path)
 
 
