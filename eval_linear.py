@@ -137,10 +137,7 @@ def main(argv):
         published = published_rows(models, train.classes, {row["test"] for row in rows})
     results.finish(state, protocol, time.perf_counter() - since, rows, published)
     if is_ridge and here.is_main:
-        print(*verdict, sep="\n")
-        picture = Path(folder) / "view_share.png"
-        if equivariance.draw(rows, picture):
-            print(f"the view shares as a picture: {picture}", flush=True)
+        equivariance.tell(rows, verdict, Path(folder) / "view_share.png")
 
 
 if __name__ == "__main__":

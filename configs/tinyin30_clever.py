@@ -6,7 +6,7 @@
 The folder has train/CLASS/* and val/CLASS/*. For DINO: --method=dino --out_dir=out/tinyin30_dino.
 The preset with the smallest crops: here many cheap images are worth more than large ones.
 docs/results.md tells what was tuned, on DINO alone.
-Hardware: one CPU core in fp32. Measured time and accuracy: docs/results.md.
+Hardware: one CPU core in fp32, three to four minutes an epoch. Accuracy: docs/results.md.
 Options without a comment here have theirs in tinyin40_clever.py.
 """
 

@@ -62,7 +62,7 @@ class Config:
     teacher_temp_start: float = option(0.04, "linear warm-up from here ...", 1e-6, 100)
     teacher_temp_epochs: int = option(0, "... over this many epochs", 0, 10**6)
     center_momentum: float = option(0.9, "EMA of the teacher's mean logits", 0, 1)
-    teacher_momentum: float = option(0.996, "EMA, at first; a cosine takes it to 1", 0, 1)
+    teacher_momentum: float = option(0.996, "EMA; a cosine takes it to 1; small data: 0.99", 0, 1)
     recipe: str = option("caug", "baug: DINO's; caug: + rotation; caug+: + elastic", group="views")
     img_size: int = option(224, "side of a global crop", 8, 4096)
     local_size: int = option(96, "side of a local crop", 8, 4096)

@@ -75,7 +75,7 @@ def view_features(backbone, images, size, here, workers, seed, changes, progress
 
 
 def thinned(images, dim):
-    """Return enough of the images for z of `dim` dimensions, evenly variance over the data set."""
+    """Return enough of the images for z of `dim` dimensions, taken evenly from the data set."""
     enough = max(LEAST_IMAGES, IMAGES_PER_DIM * dim)
     n = len(images)
     return images if n <= enough else subset(images, torch.arange(enough) * n // enough)
@@ -161,7 +161,7 @@ def view_parameters(name, n, size, seed):
     found = dict(zip(("brightness", "contrast", "saturation"), p["factors"].unbind(1)))
     found |= dict(hue=p["hue"], flip=p["flip"].float(), elastic=(p["elastic"] > 0).float())
     found["angle"] = torch.stack([angle.cos(), angle.sin()], 1)
-    found["relative angle"] = angle  # of a view; targets_of takes the difference
+    found["relative angle"] = angle  # of a view; pairs_of_views takes the difference
     if change.crop:
         box = crop_boxes(size, size, seeds.flatten(), 1, change.crop)[:, 0] / size
         top, left, height, width = box.float().unbind(1)
@@ -310,6 +310,13 @@ def verdict(shares):
             f"dimensions of ir: {words[0]}, whitened {words[1]}"
         )
     return lines
+
+
+def tell(rows, sentences, path):
+    """Print verdict's sentences, draw the picture of the rows, and say where it is."""
+    print(*sentences, sep="\n")
+    if draw(rows, path):
+        print(f"the view shares as a picture: {path}", flush=True)
 
 
 def draw(rows, path):

@@ -225,10 +225,8 @@ class Monitor:
         given = (self.train_set, self.val_set, config.img_size, here, config.workers, config.seed)
         rows, verdict = equivariance.ridge_protocol(models, *given, parameters=False)
         if here.is_main:
-            print("", *results.table_lines(rows), "", *verdict, sep="\n", flush=True)
-            picture = self.folder.path("view_share.png")
-            if equivariance.draw(rows, picture):
-                print(f"the view shares as a picture: {picture}")
+            print("", *results.table_lines(rows), "", sep="\n")
+            equivariance.tell(rows, verdict, self.folder.path("view_share.png"))
             seconds = time.perf_counter() - start
             path = self.folder.path("results.json")
             results.append_results(path, "probe", asdict(config), seconds, rows)

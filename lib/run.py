@@ -238,7 +238,8 @@ def init_from(backbone, config):
         (name, x.shape) for name, x in own.items()
     ]:
         names = ("arch", "img_size", "patch_size", "stem")
-        there = ", ".join(f"{name}={facts.get(name, 'imagenet')}" for name in names)
+        facts = dict(stem="imagenet") | facts  # older runs know no other
+        there = ", ".join(f"{name}={facts[name]}" for name in names)
         here = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         raise UsageError(f"init_from={config.init_from}: holds {there}; this run is {here}")
     backbone.load_state_dict(state)

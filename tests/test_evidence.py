@@ -19,6 +19,8 @@ from lib.results import pack_correct, unpack_correct
 
 import evidence
 
+T_2 = 4.302653  # Student's t, two degrees of freedom, 95 % two-sided
+
 
 def test_correctness_survives_its_packing():
     right = torch.rand(1003) < 0.3
@@ -26,9 +28,9 @@ def test_correctness_survives_its_packing():
 
 
 def test_intervals_of_known_cases():
-    # t of two degrees of freedom: 4.303, standard error 1 / sqrt 3
+    # standard error 1 / sqrt 3
     low, high = evidence.interval_over_seeds(np.array([1.0, 2.0, 3.0]))
-    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=0.001)
+    assert (low, high) == pytest.approx((2 - T_2 / 3**0.5, 2 + T_2 / 3**0.5), rel=1e-5)
     assert all(np.isnan(evidence.interval_over_seeds(np.array([1.0]))))
     differences = np.random.default_rng(0).choice([-100.0, 0, 100], 2000, p=[0.1, 0.7, 0.2])
     half = 1.96 * differences.std() / 2000**0.5
@@ -211,10 +213,9 @@ def test_videos_and_saliency_are_compared_over_seeds_alone(tmp_path):
     seeds = evidence.seeds_of(tmp_path)
     claims = [claim for claim in evidence.CLAIMS if claim.name == "C8"]
     davis, saliency = filter(None, (evidence.compare(claim, seeds) for claim in claims))
-    half = 4.303 / 3**0.5
-    assert (
-        davis["over_both"] == davis["over_seeds"] == pytest.approx((5 - half, 5 + half), abs=0.001)
-    )
+    half = T_2 / 3**0.5
+    expected = pytest.approx((5 - half, 5 + half), rel=1e-5)
+    assert davis["over_both"] == davis["over_seeds"] == expected
     assert all(np.isnan(davis["over_images"]))
     assert davis["verdict"] == "reproduced"
     assert saliency["difference"] == pytest.approx(-5)
@@ -289,7 +290,7 @@ def test_what_parts_hold_is_told_and_drawn(tmp_path, capsys):
             (folder / "results.json").write_text(json.dumps([dict(task="probe", rows=rows)]))
     evidence.main([f"--runs={tmp_path}", f"--views={tmp_path / 'x.png'}"])
     lines = capsys.readouterr().out.splitlines()
-    half = 4.303 / 3**0.5
+    half = T_2 / 3**0.5
     assert f"| cosine | ef | 22.0 ± {half:.1f} | 22.0 ± {half:.1f} |" in "\n".join(lines)
     assert len(lines) == 6 and (tmp_path / "x.png").stat().st_size > 5000
 
@@ -318,3 +319,16 @@ def test_the_gradients_of_a_run_are_told(folder, tmp_path):
     assert set(lengths["L_Orth"].values()) == {0.0}
     preg = lengths["L_PReg"]
     assert preg["backbone"] == 0 and preg["head_ir"] > 0 and preg["head_ef"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_page_quotes_of_single_seeds_is_what_their_answers_say(capsys):
+    evidence.main([f"--runs={ROOT / 'results' / 'tinyin40_one_seed'}"])
+    lines = capsys.readouterr().out.splitlines()
+    for claim, side, numbers in (
+        ("C0 | linear", "long dino full", "+4.3"),
+        ("C1 | linear", "long clever full", "-1.3 .. +2.6"),
+        ("C2 | linear, linear, chosen lr, cj+ro+et", "caug+ clever full: 13.1", "+0.3 .. +3.3"),
+    ):
+        [line] = [x for x in lines if claim in x and f"| {side}" in x]
+        assert numbers in line, line

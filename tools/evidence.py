@@ -415,8 +415,8 @@ def draw(compared, path):
     axes.set_yticks(range(len(compared)), labels, fontsize=8)
     axes.set_ylim(len(compared) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
-    words = "thick: over images; thin: over seeds too; bar: the paper's effect\n"
-    words += (
+    words = (
+        "thick: over images; thin: over seeds too; bar: the paper's effect\n"
         "green: reproduced; red: contradicted; blue: small, or not the paper's size; gray: open"
     )
     axes.set_xlabel("difference in points, 95 %", fontsize=8)
@@ -446,14 +446,14 @@ def main(argv):
         print("\n".join(held_lines(rows)))
         draw_held(rows, config.views)
         return
-    possible = [claim for claim in CLAIMS if compare(claim, seeds)]
-    if not possible:
+    compared = [c for claim in CLAIMS if (c := compare(claim, seeds))]
+    if not compared:
         raise UsageError(
             f"runs={config.runs}: no claim has both its sides there, image by image; evaluate a "
             "CLeVER run with --compare=the DINO run's ckpt.pt --save_correct=True"
         )
-    n_headline = sum(claim.is_headline for claim in possible)
-    compared = [compare(claim, seeds, n_headline if claim.is_headline else 1) for claim in possible]
+    n = sum(c["claim"].is_headline for c in compared)
+    compared = [compare(c["claim"], seeds, n) if c["claim"].is_headline else c for c in compared]
     print("\n".join(table_lines(compared)))
     if config.picture:
         draw(compared, config.picture)
