@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import checkpoint, data, features, linear, machine, results, sources
+from lib import checkpoint, data, evaluation, features, linear, machine, results, sources
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError, configure, did_you_mean, option
 from lib.rng import fork, uniforms
@@ -151,8 +151,8 @@ class Entry(NamedTuple):
 PETS = functools.partial(folder_images, default="pets")
 FOLDER = ("data", "classes")
 TASKS = {
-    "semi1": Entry(features.data_of, (*FOLDER, "subset_list"), share=0.01),
-    "semi10": Entry(features.data_of, (*FOLDER, "subset_list"), share=0.1),
+    "semi1": Entry(evaluation.data_of, (*FOLDER, "subset_list"), share=0.01),
+    "semi10": Entry(evaluation.data_of, (*FOLDER, "subset_list"), share=0.1),
     "cub200": Entry(cub_archive, ("data",)),
     "flowers102": Entry(published_set),
     "food101": Entry(published_set),
@@ -213,7 +213,7 @@ def finetune(models, task, config, size, here, state):
     rows, unfinished = state.read(("rows", "epoch", "which", "network", "optimizer", "scheduler"))
     finished = [[row["row"], row["part"], row["seed"]] for row in rows]
     for seed in range(config.seed, config.seed + config.seeds):
-        for row, part in features.chosen_parts(models, config.part, config.ckpt):
+        for row, part in evaluation.chosen_parts(models, config.part, config.ckpt):
             which = [row, part, seed]
             if which in finished:
                 continue
@@ -290,12 +290,12 @@ def train_network(network, which, task, config, size, here, begun, save):
 def main(argv):
     since = time.perf_counter()
     config = configure(DownstreamConfig, argv, task=TASKS)
-    here, models, trained, size, folder = features.start(config)
+    here, models, trained, size, folder = evaluation.start(config)
     task = open_task(config, trained, size)
     n_fit = len(task.train)
     if config.mode == "linear":
         n_fit = len(sources.hold_out(task.train.labels, config.held_out, config.seed)[0])
-    config.batch_size = features.batch_size_of(config.batch_size, n_fit, here.world)
+    config.batch_size = evaluation.batch_size_of(config.batch_size, n_fit, here.world)
     protocol = results.protocol_of(config, models, task, size, here)
     state = checkpoint.EvalState(folder, protocol)
     if here.is_main:

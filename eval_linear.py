@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import checkpoint, data, equivariance, features, linear, machine, results, sources
+from lib import checkpoint, data, equivariance, evaluation, linear, machine, results, sources
 from lib.config import UsageError, configure, option
 
 PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (authors' README)
@@ -97,8 +97,8 @@ def main(argv):
     since = time.perf_counter()
     config = configure(LinearConfig, argv)
     tests = linear.perturbation_tests(config.tests)
-    here, models, trained, size, folder = features.start(config)
-    config.data, config.classes = features.data_of(config, trained)
+    here, models, trained, size, folder = evaluation.start(config)
+    config.data, config.classes = evaluation.data_of(config, trained)
     train, val = data.labeled_splits(
         config.data, config.classes, config.data_root, config.download, size
     )
@@ -116,7 +116,7 @@ def main(argv):
     about = f"{len(train)} training images"
     if not is_ridge:
         fit, _ = sources.hold_out(train.labels, config.held_out, config.seed)
-        config.batch_size = features.batch_size_of(config.batch_size, len(fit), here.world)
+        config.batch_size = evaluation.batch_size_of(config.batch_size, len(fit), here.world)
         about += f" ({config.held_out:.0%} held out), {config.epochs} epochs"
         about += f", batch {config.batch_size}"
     protocol = results.protocol_of(config, models, task, size, here)

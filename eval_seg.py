@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import data, features, machine, results, shapes, sources
-from lib.config import EvalConfig, UsageError, configure, option
+from lib import data, evaluation, features, machine, results, shapes, sources
+from lib.config import UsageError, configure, option
 from lib.images import EXTENSIONS
 
 import numpy as np
@@ -35,7 +35,7 @@ from augment import normalize, resize
 
 # fmt: off
 @dataclass
-class SegConfig(EvalConfig):
+class SegConfig(evaluation.EvalConfig):
     """Options of eval_seg.py: saliency and video segmentation from a frozen backbone."""
 
     data: str = option("shapes", "folder in a data set's layout; 'shapes': built in", group="data")
@@ -491,12 +491,12 @@ class Setting:
     """The models and where they run, the options, the folder for the results."""
 
     def __init__(self, config):
-        self.here, models, self.trained, _, self.out = features.start(config)
+        self.here, models, self.trained, _, self.out = evaluation.start(config)
         self.config = config
         self.models = {model.row: model for model in models}  # all of one architecture
         self.side = getattr(models[0].backbone, "patch_size", 32)  # of a cell of feature_map
         slices = {m.row: features.part_slices(m.backbone.dim, m.d_ir) for m in models}
-        chosen = features.chosen_parts(models, config.part, config.ckpt)
+        chosen = evaluation.chosen_parts(models, config.part, config.ckpt)
         self.parts = {(row, part): slices[row][part] for row, part in chosen}  # columns of z
 
     def file(self, *names):

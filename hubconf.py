@@ -4,24 +4,30 @@ backbone = torch.hub.load("path/to/this/folder", "backbone", "out/demo/ckpt.pt",
 z_ir, z_ef = backbone.split(backbone(images))  # images: normalized (B, 3, H, W), see augment.py
 """
 
-from functools import partial
-
+from lib.config import UsageError
 from lib.weights import load_backbone
-
-import torch
 
 dependencies = ["torch", "torchvision"]
 
 
-def backbone(path, part="teacher"):
-    """Load the backbone of a weight file of ours or of others, in eval mode.
+def backbone(path, part="teacher", ratio=None):
+    """Load the backbone of a weight file of ours or of others, in eval mode: (B, 3, H, W) -> z.
 
-    part: 'teacher' or 'student'. The module maps (B, 3, H, W) to z (B, .dim). Its .split(z) cuts z
-    into z_ir, z_ef by the run's own ratio; without a split z_ef has no columns. Its .config is the
-    run's, a dict.
+    part: 'teacher' or 'student'. .split(z) cuts z (B, .dim) into z_ir, z_ef by the run's ratio,
+    which a run's ckpt.pt knows, and backbone.pt beside its config.json; ratio: for other files.
+    DINO's and SimSiam's z_ef has no columns. .config is the run's, a dict.
+    UsageError for a file that cannot be read, and from .split if the ratio is not known.
     """
     model, config = load_backbone(path, part)
-    d_ir = int(model.dim * config.get("ratio", 1.0))
-    model.split = partial(torch.tensor_split, indices=[d_ir], dim=-1)
-    model.config = config
+    known = config.get("ratio", ratio)
+    if ratio not in (None, known):
+        raise UsageError(f"ratio={ratio}: {path} was trained with ratio={known}")
+
+    def split(z):
+        if known is None:
+            fix = "give ratio=0.8, or put its run's config.json beside it"
+            raise UsageError(f"{path} does not tell where z is split: {fix}")
+        return z.tensor_split([int(model.dim * known)], dim=-1)
+
+    model.split, model.config = split, config
     return model

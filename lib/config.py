@@ -113,30 +113,6 @@ class Config:
                 raise UsageError(f"{name}={scale!r:.60}: must be two shares, 0 < low <= high <= 1")
         if 1 <= self.epochs <= self.warmup_epochs:
             raise UsageError(f"warmup_epochs={self.warmup_epochs}: must be < epochs={self.epochs}")
-
-
-TRAIN = Config.__dataclass_fields__  # for options that mean the same in an evaluation
-
-
-@dataclass
-class EvalConfig:
-    """Options that all evaluations share."""
-
-    ckpt: str = option("", "checkpoint or weight file, ours or third-party", group="model")
-    compare: str = option("", "a second one of the same architecture, such as DINO's")
-    untrained: bool = option(False, "also evaluate the same backbone with random weights")
-    part: str = option("", "full, ir or ef; default: all that the checkpoint has")
-    data: str = option("", "as in train.py; default: the checkpoint's", group="data")
-    classes: str = option("", "default: the checkpoint's, if any; 'all': every class folder")
-    data_root: str = TRAIN["data_root"]
-    download: bool = TRAIN["download"]
-    seed: int = TRAIN["seed"]
-    workers: int = TRAIN["workers"]
-    device: str = TRAIN["device"]
-    precision: str = TRAIN["precision"]
-    scan: str = TRAIN["scan"]
-    save_correct: bool = option(False, "keep per-image correctness (error bars)", group="output")
-    out: str = option("", "folder for results.json; default: the checkpoint's")
 # fmt: on
 
 

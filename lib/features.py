@@ -1,25 +1,20 @@
-"""Frozen backbone -> features -> kNN and ridge classifiers; the models of an evaluation."""
+"""Frozen backbone -> features -> kNN and ridge classifiers."""
 
 import functools
 import math
 import sys
-from typing import NamedTuple
 
-from lib import data, machine, sources
-from lib.config import UsageError, did_you_mean
+from lib import data
+from lib.config import UsageError
 from lib.processor import exact_fp32
-from lib.results import percent, result_row, results_folder
-from lib.weights import load_backbone
+from lib.results import percent, result_row
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import vmamba
 from augment import perturbation, quarter_turn
-from model import build_backbone, check_divisible, ir_dims
 
 RIDGE_TESTS = {  # metric of ridge_rows -> test
     "class": "orig",
@@ -253,109 +248,3 @@ def chance_rows(n_classes, n, seed=0):
         row = dict(row="chance", part="", dims="", test=test, metric=metric, value=value)
         rows.append(row | dict(seed=seed, n=n))
     return rows
-
-
-# --- the models of an evaluation ------------------------------------------------------------------
-
-
-class Model(NamedTuple):
-    """A row of a table."""
-
-    row: str  # its name
-    backbone: nn.Module  # in eval mode, on the device
-    d_ir: int  # dimensions of ir; all of them: no split
-    trained: dict  # the config of its run; of third-party weights what load_backbone says
-    ridge_features: tuple | None = None  # of ridge_features, if they are known already
-
-
-def start(config):
-    """Begin an evaluation: here, models, config of ckpt's run, side of crops, results' folder."""
-    here = machine.join(config.device, config.precision)
-    vmamba.set_backend(config.scan, here.device)
-    models, trained = open_models(config, here)
-    arch = trained["arch"]
-    if config.arch not in ("", arch):
-        raise UsageError(f"arch={config.arch}: {config.ckpt} holds a {arch}; remove --arch")
-    chosen_parts(models, config.part, config.ckpt)
-    size = config.img_size or trained["img_size"]
-    check_divisible(models[0].backbone, arch, img_size=size)
-    return here, models, trained, size, results_folder(config)
-
-
-def open_models(config, here):
-    """Load config.ckpt and config.compare: [Model], the config of ckpt's run.
-
-    With config.untrained the list begins with the same backbone untrained.
-    """
-    if not config.ckpt:
-        raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
-    models = []
-    for path in filter(None, (config.ckpt, config.compare)):
-        backbone, trained = load_backbone(path)
-        method = trained.get("method", trained["arch"])
-        row = path if method in [model.row for model in models] else method
-        d_ir = ir_dims(backbone.dim, trained.get("ratio", 1.0))
-        models.append(Model(row, backbone.to(here.device), d_ir, trained))
-    facts = [_facts(model.trained) for model in models]
-    if facts[0] != facts[-1]:
-        what = f"{config.ckpt} is {facts[0]}, {config.compare} {facts[1]}"
-        raise UsageError(f"{what}: a table must compare like with like; evaluate each by itself")
-    trained = models[0].trained
-    first = [untrained_model(trained, config.seed, here)] if config.untrained else []
-    return first + models, trained
-
-
-def _facts(trained):
-    facts = {name: trained[name] for name in ("arch", "img_size", "patch_size")}
-    return facts | dict(stem=trained.get("stem", "imagenet"))  # older runs know no other
-
-
-def untrained_model(trained, seed, here):
-    """Return the Model with the backbone of the config `trained` and random weights of the seed."""
-    torch.manual_seed(seed)
-    facts = _facts(trained)
-    sizes = {name: facts[name] for name in ("img_size", "patch_size", "stem")}
-    backbone = build_backbone(facts["arch"], **sizes).to(here.device).eval()
-    return Model("untrained", backbone, backbone.dim, facts)
-
-
-def model_of(run):
-    """Return the Model of a training run: its teacher."""
-    return Model(run.config.method, run.teacher.backbone, run.network.d_ir, vars(run.config))
-
-
-def chosen_parts(models, part, ckpt):
-    """Return [(row, part)] to evaluate: all, or `part`; a model without a split stays whole."""
-    if part not in ("", *part_slices(2, 1)):
-        hint = did_you_mean(part, part_slices(2, 1))
-        raise UsageError(f"part={part}: choose from {', '.join(part_slices(2, 1))}{hint}")
-    chosen = []
-    for model in models:
-        names = part_slices(model.backbone.dim, model.d_ir)
-        chosen += [(model.row, name) for name in ([part] if part in names else names)]
-    if part and part not in dict(chosen).values():
-        fix = "so it has only 'full'; use --part=full, or the ckpt.pt of a CLeVER run"
-        raise UsageError(f"part={part}: {ckpt} tells of no split, {fix}")
-    return chosen
-
-
-def data_of(config, trained):
-    """Return name and class list of the data: config's, by default the run's."""
-    source = config.data or trained.get("data", "")
-    if not source:
-        raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
-    classes = config.classes
-    if not classes and source not in ("shapes", *sources.TORCHVISION):
-        classes = trained.get("classes", "")
-    return source, "" if config.classes == "all" else classes
-
-
-def batch_size_of(batch_size, n, world):
-    """Return the global batch: batch_size, or for fewer images n of them, in eights if possible."""
-    if n < 1:
-        raise UsageError("no image is left to train on when one is held out; give more images")
-    batch = min(batch_size, n // 8 * 8 or n)
-    if batch % world:
-        fix = f"use --batch_size={math.ceil(batch / world) * world} or other ranks"
-        raise UsageError(f"a batch of {batch} does not divide among {world} ranks: {fix}")
-    return batch

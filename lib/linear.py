@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lib import data, rng, sources
-from lib.config import EvalConfig, UsageError, did_you_mean, option
+from lib.config import UsageError, did_you_mean, option
+from lib.evaluation import EvalConfig, chosen_parts
 from lib.features import (
     check_finite,
-    chosen_parts,
     extract,
     in_pieces,
     knn_correct,

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 
-from lib import collapse, data, equivariance, features, machine, results
+from lib import collapse, data, equivariance, evaluation, features, machine, results
 from lib.run import first_screen, refuse_to_skip_more, views_picture
 
 import torch
@@ -179,7 +179,7 @@ class Monitor:
         """Return {name: number}: kNN of each part on clean and rotated images, collapse metrics."""
         run = self.run
         config = run.config
-        model = features.model_of(run)
+        model = evaluation.model_of(run)
         common = dict(size=config.img_size, here=run.here, workers=config.workers)
         numbers = collapse.metrics(run, self.first_batch)
         val_z = ()
@@ -220,8 +220,8 @@ class Monitor:
                 print("no table: a probe needs labels, train/CLASS and val/CLASS folders")
             return
         start = time.perf_counter()
-        untrained = features.untrained_model(vars(config), config.seed, here)
-        models = [untrained, self.model or features.model_of(self.run)]
+        untrained = evaluation.untrained_model(vars(config), config.seed, here)
+        models = [untrained, self.model or evaluation.model_of(self.run)]
         given = (self.train_set, self.val_set, config.img_size, here, config.workers, config.seed)
         rows, verdict = equivariance.ridge_protocol(models, *given, parameters=False)
         if here.is_main:

@@ -5,7 +5,8 @@ import runpy
 import subprocess
 import sys
 
-from lib.config import RENAMED, Config, EvalConfig, UsageError, check, configure, help_text, option
+from lib.config import RENAMED, Config, UsageError, check, configure, help_text, option
+from lib.evaluation import EvalConfig
 
 import pytest
 from conftest import ROOT

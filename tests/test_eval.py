@@ -8,7 +8,7 @@ import sys
 from lib import checkpoint, data, linear, results, sources
 from lib.checkpoint import save_atomically
 from lib.config import UsageError
-from lib.features import Model
+from lib.evaluation import Model
 from lib.rng import fork, sample_seeds, uniforms
 from lib.shapes import shapes
 

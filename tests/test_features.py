@@ -4,7 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
-from lib import checkpoint, features, machine, results, sources, weights
+from lib import checkpoint, evaluation, features, machine, results, sources, weights
 from lib.config import UsageError
 
 import pytest
@@ -142,9 +142,10 @@ def run_config(**options):
     return dict(arch="vit_micro", img_size=32, patch_size=8, ratio=0.8) | options
 
 
-def open_models(ckpt, compare="", untrained=False):
-    config = SimpleNamespace(ckpt=str(ckpt), compare=str(compare), untrained=untrained, seed=0)
-    return features.open_models(config, HERE)[0]
+def open_models(ckpt, compare="", untrained=False, ratio=None):
+    given = dict(ckpt=str(ckpt), compare=str(compare), untrained=untrained, ratio=ratio)
+    config = SimpleNamespace(**given, seed=0)
+    return evaluation.open_models(config, HERE)[0]
 
 
 def test_a_backbone_finds_its_runs_config_beside_it(tmp_path, capsys):
@@ -219,7 +220,7 @@ def test_two_models_of_a_method_and_an_untrained_one(tmp_path):
     fresh = build_backbone("vit_micro", 32, 8)
     assert torch.equal(models[0].backbone.pos_embed, fresh.pos_embed)
     assert not models[0].backbone.training
-    assert features.chosen_parts(models, "ef", "x") == [
+    assert evaluation.chosen_parts(models, "ef", "x") == [
         *(("untrained", "full"), ("clever", "ef"), (paths[1], "ef"))
     ]
     save(tmp_path / "c", run_config(arch="resnet18", method="dino"), "resnet18")
@@ -230,10 +231,20 @@ def test_two_models_of_a_method_and_an_untrained_one(tmp_path):
 def test_a_part_that_no_model_has_is_an_error(tmp_path):
     save(tmp_path / "run", run_config(method="dino"))
     models = open_models(tmp_path / "run" / "ckpt.pt")
-    assert features.chosen_parts(models, "", "x") == [("dino", "full")]
-    for part, message in (("ef", "x tells of no split"), ("fulll", "full, ir, ef .*'full'")):
+    assert evaluation.chosen_parts(models, "", "x") == [("dino", "full")]
+    for part, message in (("ef", "x knows no split.*--ratio"), ("fulll", "full, ir, ef .*'full'")):
         with pytest.raises(UsageError, match=message):
-            features.chosen_parts(models, part, "x")
+            evaluation.chosen_parts(models, part, "x")
+
+
+def test_the_ratio_of_a_bare_backbone_is_an_option(tmp_path):
+    """A file that knows its own ratio keeps it."""
+    torch.save(build_backbone("vit_micro", 32, 8).state_dict(), tmp_path / "x.pt")
+    [model] = open_models(tmp_path / "x.pt", ratio=0.25)
+    assert evaluation.chosen_parts([model], "ef", "x") == [(model.row, "ef")] and model.d_ir == 32
+    save(tmp_path / "run", run_config(ratio=0.5))
+    with pytest.raises(UsageError, match=r"ratio=0\.25: .*was trained with 0\.5; remove it"):
+        open_models(tmp_path / "run" / "ckpt.pt", ratio=0.25)
 
 
 def test_a_runs_models_are_its_teacher_and_the_weights_it_began_with():
@@ -245,8 +256,8 @@ def test_a_runs_models_are_its_teacher_and_the_weights_it_began_with():
         teacher=SimpleNamespace(backbone=teacher),
         network=SimpleNamespace(d_ir=102),
     )
-    trained = features.model_of(run)
-    untrained = features.untrained_model(vars(config), config.seed, HERE)
+    trained = evaluation.model_of(run)
+    untrained = evaluation.untrained_model(vars(config), config.seed, HERE)
     assert (trained.row, trained.d_ir, trained.backbone) == ("clever", 102, teacher)
     torch.manual_seed(3)
     assert torch.equal(untrained.backbone.pos_embed, build_backbone("vit_micro", 32, 8).pos_embed)

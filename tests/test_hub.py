@@ -1,5 +1,6 @@
 """torch.hub loads a backbone of ours or of others, and cuts z as its run did."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -35,8 +36,23 @@ def test_a_run_is_cut_by_its_own_ratio(tmp_path, method, ratio, d_ir):
     assert torch.equal(torch.cat([z_ir, z_ef], 1), z)
 
 
-def test_third_party_weights_have_no_split(tmp_path):
+def widths(backbone):
+    return [part.shape[1] for part in backbone.split(torch.zeros(2, 128))]
+
+
+def test_weights_without_a_split_need_the_ratio(tmp_path):
     torch.save(build_backbone("vit_micro", 32, 8).state_dict(), tmp_path / "x.pt")
     backbone = load(tmp_path / "x.pt")
     assert backbone.config == dict(arch="vit_micro", img_size=32, patch_size=8)
-    assert [part.shape[1] for part in backbone.split(torch.zeros(2, 128))] == [128, 0]
+    with pytest.raises(ValueError, match=r"x\.pt does not tell where z is split: give ratio=0\.8"):
+        backbone.split(torch.zeros(2, 128))
+    assert widths(load(tmp_path / "x.pt", ratio=0.5)) == [64, 64]
+
+
+def test_a_runs_backbone_finds_its_ratio_beside_it(tmp_path):
+    torch.save(build_backbone("vit_micro", 32, 8).state_dict(), tmp_path / "backbone.pt")
+    config = asdict(tiny_config(method="clever", ratio=0.25, img_size=32))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert widths(load(tmp_path / "backbone.pt")) == [32, 96]
+    with pytest.raises(ValueError, match=r"ratio=0\.5: .* was trained with ratio=0\.25"):
+        load(tmp_path / "backbone.pt", ratio=0.5)

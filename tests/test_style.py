@@ -50,19 +50,20 @@ ROOMS = {
             "lib.results",
             "lib.collapse",
             "lib.equivariance",
+            "lib.evaluation",
             "lib.run",
         },
     ),
     "lib/equivariance.py": (320, {"augment", "lib.features", "lib.images", "lib.resident"}),
-    "lib/features.py": (
-        330,
+    "lib/features.py": (250, {"augment", "lib.data", "lib.processor", "lib.results"}),
+    # of features.py: the models of an evaluation, and its options
+    "lib/evaluation.py": (
+        145,
         {
-            "augment",
             "model",
             "vmamba",
-            "lib.data",
+            "lib.features",
             "lib.machine",
-            "lib.processor",
             "lib.results",
             "lib.sources",
             "lib.weights",
@@ -98,7 +99,17 @@ ROOMS = {
     # of monitor.py: collapse metrics
     "lib/collapse.py": (100, {"losses", "lib.features"}),
     # of features.py: linear classifiers
-    "lib/linear.py": (305, {"augment", "lib.data", "lib.features", "lib.results", "lib.sources"}),
+    "lib/linear.py": (
+        305,
+        {
+            "augment",
+            "lib.data",
+            "lib.evaluation",
+            "lib.features",
+            "lib.results",
+            "lib.sources",
+        },
+    ),
     # of weights.py and results.py: files that survive
     "lib/checkpoint.py": (100, {"lib.machine"}),
 }

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lib import data, features, fused, linear, machine, processor, sources
+from lib import data, evaluation, features, fused, linear, machine, processor, sources
 from lib.checkpoint import EvalState
 from lib.config import Config, UsageError, configure, option
 from lib.rng import sample_seeds
@@ -559,7 +559,7 @@ def linear_row(device, n=2048, n_test=32):
     """
     torch.manual_seed(0)
     backbone = build_backbone("vit_micro", 64, 8).to(device)
-    models = [features.Model("clever", backbone, int(0.8 * backbone.dim), dict(arch="vit_micro"))]
+    models = [evaluation.Model("clever", backbone, int(0.8 * backbone.dim), dict(arch="vit_micro"))]
     images = shapes("train", 64, n), shapes("val", 64, n_test)
     options = dict(ckpt="-", epochs=1, batch_size=256, workers=0)
     everything = eval_linear.LinearConfig(**options)
