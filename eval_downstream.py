@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import checkpoint, data, evaluation, features, linear, machine, results, sources
+from lib import data, evalstate, evaluation, features, linear, machine, results, sources
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError, configure, did_you_mean, option
 from lib.rng import fork, uniforms
@@ -208,7 +208,7 @@ class Finetuned(nn.Module):
 def finetune(models, task, config, size, here, state):
     """Fine-tune a network for each seed, model and part; test it after the last epoch.
 
-    state: checkpoint.EvalState, to continue from. Returns rows of results.json.
+    state: evalstate.EvalState, to continue from. Returns rows of results.json.
     """
     rows, unfinished = state.read(("rows", "epoch", "which", "network", "optimizer", "scheduler"))
     finished = [[row["row"], row["part"], row["seed"]] for row in rows]
@@ -297,7 +297,7 @@ def main(argv):
         n_fit = len(sources.hold_out(task.train.labels, config.held_out, config.seed)[0])
     config.batch_size = evaluation.batch_size_of(config.batch_size, n_fit, here.world)
     protocol = results.protocol_of(config, models, task, size, here)
-    state = checkpoint.EvalState(folder, protocol)
+    state = evalstate.EvalState(folder, protocol)
     if here.is_main:
         print(
             f"{task.name}, {config.mode}, {config.epochs} epochs, batch {config.batch_size}: "

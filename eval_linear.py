@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import checkpoint, data, equivariance, evaluation, linear, machine, results, sources
+from lib import data, equivariance, evalstate, evaluation, linear, machine, results, sources
 from lib.config import UsageError, configure, option
 
 PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (authors' README)
@@ -122,7 +122,7 @@ def main(argv):
     protocol = results.protocol_of(config, models, task, size, here)
     if is_ridge:
         protocol = {name: protocol[name] for name in protocol if name not in LINEAR_ONLY}
-    state = checkpoint.EvalState(folder, protocol)
+    state = evalstate.EvalState(folder, protocol)
     if here.is_main:
         about += f"; {len(val)} test images, {task.n_classes} classes, {here.device.type} "
         about += here.precision + (f"; continuing {state.path}" if state.exists() else "")

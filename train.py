@@ -129,10 +129,10 @@ def train_step(run, step, batch):
     """Do one step on this rank's share, a data.Batch -> {name: 0-dim mean}, to log; never wait."""
     config = run.config
     # schedules
-    lr = learning_rate(step, config, run.steps_per_epoch)
+    lr = learning_rate(step, config, run.schedule_epoch)
     decay = cosine(step, config.weight_decay, config.weight_decay_end, run.total)
     momentum = cosine(step, config.teacher_momentum, 1.0, run.total)
-    run.teacher_temp = teacher_temperature(step, config, run.steps_per_epoch)
+    run.teacher_temp = teacher_temperature(step, config, run.schedule_epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = decay if group["decays"] else 0.0
@@ -140,7 +140,7 @@ def train_step(run, step, batch):
     # gradients, each clipped by itself; the prototypes stand still at first
     logged, teacher_means = backward(run, batch)
     is_finite = run.clip_gradients()
-    if run.has_teacher and step < config.freeze_last_layer * run.steps_per_epoch:
+    if run.has_teacher and step < config.freeze_last_layer * run.schedule_epoch:
         for head in run.network.heads.values():
             head.last_layer.weight_v.grad = None
 
@@ -165,7 +165,7 @@ def make_run(config, steps_per_epoch, here):
     torch.manual_seed(config.seed)
     network = build_network(config, head)
     run = Run.start(network, head == "prototypes", config, steps_per_epoch, here)
-    run.teacher_temp = teacher_temperature(0, config, steps_per_epoch)
+    run.teacher_temp = teacher_temperature(0, config, run.schedule_epoch)
     return run
 
 

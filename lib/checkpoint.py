@@ -1,29 +1,37 @@
-"""Files that survive whatever happens: checkpoints, and the state of an interrupted evaluation."""
+"""Files of tensors that survive whatever happens: written whole or not at all, read with care."""
 
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-from lib import machine
 from lib.config import UsageError
 
 import torch
 
-MACHINE = ("workers", "device", "out", "data_root", "download")  # options that change no number
+CHECKPOINT, PREVIOUS = "ckpt.pt", "ckpt.prev.pt"  # of a run, and the one before
 
 
-def save_atomically(obj, path):
-    """Save obj so that `path` always holds the old file or the new one, whole; or an OSError."""
+class Damaged(UsageError):
+    """A file whose content is not what was written."""
+
+
+def save_atomically(obj, path, previous=""):
+    """Save obj so that `path` always holds the old file or the new one, whole; or an OSError.
+
+    previous: another path, which gets the old file.
+    """
     try:
         with open(f"{path}.partial", "wb") as file:
             torch.save(obj, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            _link(path, previous)
         os.replace(f"{path}.partial", path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
@@ -36,6 +44,18 @@ def save_atomically(obj, path):
     os.close(folder)
 
 
+def _link(path, other):
+    """Let `other` name the file of `path` too; some file systems have no links: then move it."""
+    partial = f"{other}.partial"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(partial)
+    try:
+        os.link(path, partial)
+    except OSError:
+        partial = path
+    os.replace(partial, other)
+
+
 def to_host(obj, copy):
     """Return obj, nested dicts, with its tensors on the host; copy: also those that are there."""
     if isinstance(obj, dict):
@@ -44,9 +64,14 @@ def to_host(obj, copy):
 
 
 def read_checkpoint(path):
-    """Load tensors and plain types; UsageError for anything else, so that no file can run code."""
+    """Load tensors and plain types; UsageError for anything else, so that no file can run code.
+
+    Damaged, if a checksum is wrong: torch does not look at them. Files from before PyTorch 1.6 have
+    none.
+    """
     allowed = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]  # DINO's, VMamba's
     try:
+        check_sums(path)
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -56,55 +81,38 @@ def read_checkpoint(path):
         with open(path, "rb") as file:
             if file.read(1) in (b"P", b"\x80"):  # torch's zip, or a pickle
                 cause = "refused, for it could run code; give one that weights_only=True reads"
+    except Damaged as error:
+        raise Damaged(f"{path}: {error}; copy it again{_or_the_one_before(path)}") from None
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         cause = f"not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
+        raise Damaged(f"{path}: {cause}{_or_the_one_before(path)}") from None
     raise UsageError(f"{path}: {cause}")
+
+
+def check_sums(path):
+    """Damaged if a member of torch's zip archive has another checksum than the archive tells."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # an older pickle, or none of torch's
+            return
+        try:
+            with zipfile.ZipFile(file) as archive:
+                wrong = archive.testzip()
+        except Exception as error:  # a flipped bit leads anywhere
+            raise Damaged(f"damaged ({type(error).__name__})") from None
+    if wrong:
+        raise Damaged(f"damaged, {wrong} has a wrong checksum")
+
+
+def _or_the_one_before(path):
+    """Return a hint at the previous checkpoint beside path, if there is one."""
+    previous = Path(path).with_name(PREVIOUS)
+    return f", or use {previous}" if Path(path).name == CHECKPOINT and previous.exists() else ""
 
 
 def digest_of_weights(module):
     """Return eight letters that tell these weights from others."""
-    return _digest(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())
+    return digest(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())
 
 
-def _digest(pieces):
+def digest(pieces):
     return hashlib.sha1(b"".join(pieces)).hexdigest()[:8]
-
-
-class EvalState:
-    """The file beside results.json from which an interrupted evaluation continues.
-
-    protocol: of protocol_of; its digest in the file's name tells the evaluation from others.
-    """
-
-    def __init__(self, folder, protocol):
-        differs = {name: value for name, value in protocol.items() if name not in MACHINE}
-        digest = _digest([json.dumps(differs, sort_keys=True).encode()])
-        self.path = os.path.join(folder, f"{protocol['task']}-{digest}.partial.pt")
-        self.is_main = machine.rank_and_world()[0] == 0
-
-    def exists(self):
-        """Return whether there is something to continue."""
-        return os.path.exists(self.path)
-
-    def read(self, names):
-        """Return the rows of what is finished, and all that was written, with at least `names`.
-
-        The same on all ranks; [] and None if nothing was written.
-        """
-        is_read = self.is_main and self.exists()
-        state = machine.broadcast(read_checkpoint(self.path) if is_read else None)
-        if state is None:
-            return [], None
-        if not isinstance(state, dict) or not state.keys() >= set(names):
-            raise UsageError(f"{self.path}: not the state of an evaluation; remove it")
-        return state["rows"], state
-
-    def write(self, **state):
-        """Write rows=[...] of what is finished and the state of what is not."""
-        if self.is_main:
-            save_atomically(state, self.path)
-
-    def remove(self):
-        """Remove the file: the evaluation is finished."""
-        if self.is_main:
-            Path(self.path).unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Options: a typed dataclass of defaults <- a Python config file <- --key=value.
+"""Options: a typed dataclass of defaults <- a config file <- --key=value.
 
-A config file is ordinary Python that assigns options. It is code: run only files you trust. A value
-on the command line is parsed as a literal of the option's type, never evaluated.
+A config file is ordinary Python that assigns options. It is code: run only files you trust. It may
+also be the config.json that a run wrote. A value on the command line is parsed as a literal of the
+option's type, never evaluated.
 """
 
 import ast
@@ -9,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import math
 import os
 import runpy
@@ -33,6 +35,12 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None, group=None
 # fmt: off
 RENAMED = {"lam": "lambda_preg", "ema": "teacher_momentum", "clip": "clip_grad",
            "loss_images": "loss_chunk", "answers": "save_correct"}  # old: new; the old is refused
+SYNONYMS = {"data_path": "data", "dataset": "data", "data_dir": "data_root", "model": "arch",
+            "output_dir": "out_dir", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt",
+            "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "num_workers": "workers",
+            "batch_size_per_gpu": "batch_size", "local_crops_number": "local_crops",
+            "momentum_teacher": "teacher_momentum", "use_fp16": "precision", "amp": "precision"}
+NOT_OPTIONS = {"revision", "device", "workers"}  # of config.json: facts of that run's machine
 MUST_BE = {bool: "True or False", int: "of type int", float: "of type float, and finite",
            str: "of type str", tuple: "several values, as 0.1,0.2; write a single one as 0.1,"}
 
@@ -81,6 +89,7 @@ class Config:
     cache: str = option("auto", "auto: small images of one size live on the device, as shapes and "
                         "CIFAR; ram: all decoded images in memory", choices=("auto", "ram", "off"))
     epochs: int = option(200, "passes over the training images", 1, 10**6, group="optimization")
+    max_steps: int = option(0, "end after so many, schedules scaled to them; 0: off", 0, 10**9)
     optimizer: str = option("adamw", "sgd: the paper's, with lr=1e-3", choices=("adamw", "sgd"))
     batch_size: int = option(512, "GLOBAL: of all ranks and accumulation steps", 1, 2**24)
     max_batch_per_gpu: int = option(128, "a rank with more images accumulates gradients", 1, 2**24)
@@ -104,6 +113,8 @@ class Config:
     probe_at_end: bool = option(False, "finish with the table of kNN and ridge probes")
     save_every: int = option(0, "steps between checkpoints, besides those of epochs", 0, 10**9)
     save_every_epochs: int = option(1, "epochs between checkpoints; the end has one", 1, 10**6)
+    tensorboard: bool = option(False, "also log to TensorBoard, in out_dir")
+    wandb: str = option("", "also log to this project of Weights & Biases")
 
     def __post_init__(self):
         self.out_dim_ef = self.out_dim_ef or self.out_dim
@@ -111,36 +122,36 @@ class Config:
             numbers = [x for x in scale if type(x) in (int, float)]
             if len(scale) != 2 or len(numbers) != 2 or not 0 < scale[0] <= scale[1] <= 1:
                 raise UsageError(f"{name}={scale!r:.60}: must be two shares, 0 < low <= high <= 1")
-        if 1 <= self.epochs <= self.warmup_epochs:
-            raise UsageError(f"warmup_epochs={self.warmup_epochs}: must be < epochs={self.epochs}")
 # fmt: on
 
 
 def configure(cls, argv, **choices):
-    """Build a checked cls from argv: [config.py] [--key=value | --key value ...].
+    """Build a checked cls from argv: [config.py | --config=FILE] [--key=value | --key value ...].
 
     choices: option -> names of the table that it chooses from.
     """
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, **choices))
         raise SystemExit(0)
-    given, from_file = {}, {}
-    path, rest = "", iter(argv)
+    given, files = {}, []
+    rest = iter(argv)
     for arg in rest:
-        if arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            field = _field(cls, name)
-            text = text if equals else next(rest, "--")
-            if not equals and text.startswith("--"):
-                raise UsageError(f"{arg}: write it --{name}=value")
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            files.append(arg)
+            continue
+        field = None if name == "config" else _field(cls, name)
+        text = text if equals else next(rest, "--")
+        if not equals and text.startswith("--"):
+            raise UsageError(f"{arg}: write it --{name}=value")
+        if field:
             given[name] = _parse(field, text)
-        elif not arg.endswith(".py"):
-            raise UsageError(f"{arg}: neither a config file (.py) nor --key=value")
-        elif path:
-            raise UsageError(f"{path} and {arg}: one config file per run; the rest by --key=value")
         else:
-            path, from_file = arg, _read_file(cls, arg)
-    config = cls(**{**from_file, **given})
+            files.append(text)
+    if len(files) > 1:
+        both = " and ".join(files[:2])
+        raise UsageError(f"{both}: one config file per run; the rest by --key=value")
+    config = cls(**{**(_read_file(cls, files[0]) if files else {}), **given})
     check(config, **choices)
     return config
 
@@ -178,14 +189,15 @@ def help_text(cls, **choices):
         head = f"  --{field.name}={field.default}".ljust(33) + " "
         line = textwrap.fill(about, 100, initial_indent=head, subsequent_indent=" " * 34)
         groups.setdefault(group, ["", group]).append(line)
-    about = [inspect.cleandoc(cls.__doc__), "Usage: [config.py] [--key=value ...]"]
+    usage = "Usage: [config.py | --config=out/x/config.json] [--key=value | --key value ...]"
+    about = [inspect.cleandoc(cls.__doc__), usage]
     return "\n".join(itertools.chain(about, *groups.values()))
 
 
 def _field(cls, name):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if name not in fields:
-        new = RENAMED.get(name)
+        new = RENAMED.get(name) or SYNONYMS.get(name.replace("-", "_").lower())
         hint = f" (did you mean {new!r}?)" if new in fields else did_you_mean(name, fields)
         raise UsageError(f"unknown option {name!r:.60}{hint}; --help lists them all")
     return fields[name]
@@ -215,15 +227,27 @@ def _typed(field, value):
 
 
 def _read_file(cls, path):
-    """Execute a config file -> {option: value}. Modules and _names are the file's own."""
+    """Execute a config file, or read a config.json -> {option: value}.
+
+    Modules and _names are the file's own. The options of an older config.json get their new names.
+    """
+    if not path.endswith((".py", ".json")):
+        raise UsageError(f"{path}: neither a config file (.py, .json) nor --key=value")
     if not os.path.isfile(path):
         raise UsageError(f"{path}: No such file; configs/ holds the ready ones")
     try:
-        names = runpy.run_path(path)
+        if path.endswith(".py"):
+            names = runpy.run_path(path)
+        else:
+            with open(path) as file:
+                there = dict(json.load(file))
+            names = {RENAMED.get(n, n): there[n] for n in there.keys() - NOT_OPTIONS}
+            if names.get("ratio") == 1.0:  # of a method without ef
+                del names["ratio"]
     except Exception as error:
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from None
-    return {
-        name: _typed(_field(cls, name), value)
-        for name, value in names.items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    options = {}
+    for name, value in names.items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            options[name] = _typed(_field(cls, name), value)
+    return options

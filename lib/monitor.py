@@ -12,8 +12,9 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 
-from lib import collapse, data, equivariance, evaluation, features, machine, results
-from lib.run import first_screen, refuse_to_skip_more, views_picture
+from lib import collapse, curves, data, equivariance, evaluation, features, machine, results
+from lib.run import refuse_to_skip_more
+from lib.screen import first_screen, views_picture
 
 import torch
 import torchvision
@@ -144,9 +145,8 @@ class Monitor:
 
     def is_evaluated(self, done):
         """Tell whether an evaluation follows: every eval_every epochs and at the end of the run."""
-        epoch, rest = divmod(done, self.run.steps_per_epoch)
-        every = self.run.config.eval_every
-        return rest == 0 and (done == self.run.total or bool(every and epoch % every == 0))
+        every = self.run.config.eval_every * self.run.steps_per_epoch
+        return done == self.run.total or bool(every and done % every == 0)
 
     def epoch_end(self, done):
         """Evaluate after `done` steps, if that is due."""
@@ -155,18 +155,19 @@ class Monitor:
             self.since = time.perf_counter()  # a checkpoint was written
         if not self.is_evaluated(done):
             return
-        epoch = done // run.steps_per_epoch
+        epoch = done / run.steps_per_epoch
         numbers = self.evaluate(is_last=done == run.total)
         records = self.folder.records()
         warms_up = run.config.teacher_temp_epochs > 0  # then probabilities shrink by themselves
         if "dot_ef" in numbers and records and "dot_ef" in records[0] and not warms_up:
             numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
-        self.folder.log(step=done, epoch=float(epoch), **numbers)
+        self.folder.log(step=done, epoch=epoch, **numbers)
         if run.here.is_main:
             names = [n for n in numbers if n.startswith(("knn", "rank_", "view_share_", "norm"))]
-            tqdm.write(f"epoch {epoch}: " + "  ".join(f"{n} {numbers[n]:.3g}" for n in names))
+            tqdm.write(f"epoch {epoch:.4g}: " + "  ".join(f"{n} {numbers[n]:.3g}" for n in names))
             for warning in collapse.warnings(self.numbers | numbers, run.config):
                 tqdm.write(f"WARNING: {warning}")
+            curves.draw_if_possible(run.config.out_dir)
         self.since = time.perf_counter()
 
     def _was_evaluated(self, step):

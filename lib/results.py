@@ -105,16 +105,20 @@ def read_results(path):
     return runs
 
 
+def revision():
+    """Return git's name of this code, such as 'a27829e-dirty', or None."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None
+
+
 def append_results(path, task, protocol, seconds, rows):
     """Append an evaluation to the list in the JSON file `path`."""
     runs = read_results(path)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
     date = datetime.datetime.now().isoformat(timespec="seconds")
-    run = dict(task=task, protocol=protocol, commit=commit or None, date=date)
+    run = dict(task=task, protocol=protocol, commit=revision(), date=date)
     runs.append(run | dict(seconds=round(seconds, 1), rows=rows))
     with open(f"{path}.partial", "w") as file:
         json.dump(runs, file, indent=1)

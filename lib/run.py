@@ -1,10 +1,10 @@
-"""What a training step works on: student, teacher, optimizer, centers; the first screen on it."""
+"""What a training step works on: student, teacher, optimizer, centers."""
 
 import contextlib
 import copy
 import functools
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from lib import compiled, data, machine, processor, rng
 from lib.batchnorm import sync_batch_norm
@@ -12,17 +12,15 @@ from lib.config import Config, UsageError
 from lib.weights import load_backbone
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid
 
 import augment
 
 
 @dataclass
 class Run:
-    """What a training step works on. What the next step needs is in RunDir.save and restore too."""
+    """What a training step works on. What the next step needs is in state and load too."""
 
     config: Config
     here: machine.Here
@@ -35,7 +33,7 @@ class Run:
     centers: dict  # head -> center (K,); empty without a teacher
     skipped: torch.Tensor  # (2,) int64: steps skipped in all, and in a row until now
     stream: object  # CUDA stream that makes the next views; None on a CPU
-    compiled: str  # a line for the first screen: what came of compiling; "": nobody asked
+    notes: list  # lines of the first screen: what came of compiling, what was clipped
     teacher_temp: float = 0.0  # of the current step
 
     @property
@@ -44,8 +42,14 @@ class Run:
 
     @property
     def total(self):
-        """The number of steps of the whole run."""
-        return self.config.epochs * self.steps_per_epoch
+        """The number of steps of the whole run: of all epochs, or max_steps if that is less."""
+        total = self.config.epochs * self.steps_per_epoch
+        return min(total, self.config.max_steps or total)
+
+    @property
+    def schedule_epoch(self):
+        """The steps of an epoch of the schedules: fewer than the data's if max_steps ends it."""
+        return self.total / self.config.epochs
 
     @functools.cached_property
     def trained(self):
@@ -71,6 +75,11 @@ class Run:
         if config.compile is False:  # nor the losses' and the views' operations
             compiled.COMPILERS.clear()
         config.compile, line = compiled.compile_blocks(networks, config.compile, device)
+        notes = [line] if line else []
+        if config.warmup_epochs >= config.epochs:
+            clipped = config.epochs / 10
+            notes.append(f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}")
+            config.warmup_epochs = clipped
         # a search for the fastest kernel pays for many convolutions of fixed shapes, not for one
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
@@ -91,8 +100,29 @@ class Run:
             centers=centers,
             skipped=torch.zeros(2, dtype=torch.int64, device=device),
             stream=processor.view_stream(device),
-            compiled=line,
+            notes=notes,
         )
+
+    def state(self):
+        """Return what the next step depends on, for a checkpoint."""
+        return dict(
+            student=self.network.state_dict(),
+            teacher=self.teacher.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            centers=self.centers,
+            skipped=self.skipped,
+            teacher_temp=self.teacher_temp,
+        )
+
+    def load(self, state):
+        """Continue from a checkpoint's state; older files lack skipped and teacher_temp."""
+        self.network.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, center in self.centers.items():
+            center.copy_(state["centers"][name])
+        self.skipped.copy_(state.get("skipped", self.skipped))
+        self.teacher_temp = state.get("teacher_temp", self.config.teacher_temp)
 
     def views(self, batch):
         """Make the views of a data.Batch on the device: [(2, B, 3, G, G), (L, B, 3, l, l)].
@@ -146,66 +176,6 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += is_skipped
         self.skipped[1] *= is_skipped
-
-
-def first_screen(run, step, train_set):
-    """Say what is about to be trained, on what, and how."""
-    config, here = run.config, run.here
-    lines = [""]
-    for option in (f"{name}={value}" for name, value in asdict(config).items()):
-        if len(lines[-1]) + len(option) > 98:
-            lines.append("")
-        lines[-1] += option + "  "
-    backbone, network = (
-        sum(p.numel() for p in net.parameters()) / 1e6
-        for net in (run.network.backbone, run.network)
-    )
-    device = f"CPU with {torch.get_num_threads()} threads"
-    if here.device.type == "cuda":
-        device = torch.cuda.get_device_name(here.device)
-    share = config.batch_size // here.world
-    size = data.part_size(share, config.max_batch_per_gpu)
-    classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
-    where = f"read by {data.loading_workers(config.workers)} processes a rank"
-    if train_set.pixels is not None:
-        where = "in memory"
-    lines += [
-        "",
-        f"{config.method} {config.arch}: backbone {backbone:.2f} M parameters, with heads "
-        f"{network:.2f} M",
-        f"{len(train_set)} images of {config.data}{classes}, {where}",
-        f"{here.world} x {device}, {here.precision}; batch {config.batch_size} = {here.world} x "
-        f"{share // size} x {size} (ranks x accumulated x at once); peak lr "
-        f"{config.lr * config.batch_size / 256:.3g}",
-    ]
-    if hasattr(run.network.backbone, "scan_backend"):
-        lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
-    if run.compiled:
-        lines.append(run.compiled)
-    if step:
-        lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
-    elif config.init_from:
-        lines.append(f"a new schedule from the weights of {config.init_from}")
-    return "\n".join([*lines, ""])
-
-
-@torch.compiler.set_stance("force_eager")  # six images would be two graphs of their own
-def views_picture(run, whole, batch):
-    """Draw a row for each image: whole uint8 (n, 3, G, G), then its views as the network sees them.
-
-    batch: the data.Batch of the same images. Returns RGB in [0, 1], (3, H, W).
-    """
-    size = run.config.img_size
-    pictures = [whole[None] / 255]  # each (V, n, 3, size, size)
-    for view in run.views(batch):
-        border = size - view.shape[-1]
-        pad = (border // 2, border - border // 2) * 2
-        pictures.append(F.pad(augment.denormalize(view).cpu(), pad, value=1.0))
-    rows = torch.cat(pictures).transpose(0, 1)  # (n, 1 + V, 3, size, size)
-    shape = dict(nrow=rows.shape[1], padding=max(2, size // 32), pad_value=1)
-    grid = make_grid(rows.flatten(0, 1), **shape)
-    zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
-    return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
 
 
 def refuse_to_skip_more(run, first, last, n_images):

@@ -1,8 +1,9 @@
 """The folder of a run: lock, config, checkpoint, log.
 
-out_dir/ holds ckpt.pt (all that the next step depends on), backbone.pt (the teacher's backbone, for
-timm, torchvision or VMamba), config.json (resolved), log.jsonl (a line has "loss" if it is of
-training, "std_full" if it is of an evaluation), views.png (what the network sees).
+out_dir/ holds ckpt.pt (all that the next step depends on), ckpt.prev.pt (the one before, for a
+damaged ckpt.pt), backbone.pt (the teacher's backbone, for timm, torchvision or VMamba), config.json
+(resolved), log.jsonl (a line has "loss" if it is of training, "std_full" if it is of an
+evaluation), views.png (what the network sees), curves.png (log.jsonl drawn).
 """
 
 import atexit
@@ -13,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 
-from lib import log, machine
-from lib.checkpoint import read_checkpoint, save_atomically, to_host
+from lib import boards, log, machine
+from lib.checkpoint import CHECKPOINT, PREVIOUS, Damaged, read_checkpoint, save_atomically, to_host
 from lib.config import RENAMED, Config, UsageError
+from lib.results import revision
 
 import torch
 from tqdm import tqdm
@@ -24,7 +26,7 @@ KEYS = {"config", "step", "images", "student", "teacher", "optimizer", "centers"
 RESUME_OVERRIDABLE = {  # options that a continued run may change: results differ by rounding only
     *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),
     *("scan", "log_every", "eval_every", "save_every", "save_every_epochs", "probe_at_end"),
-    *("data_root", "download"),
+    *("data_root", "download", "tensorboard", "wandb"),
 }
 
 
@@ -38,6 +40,9 @@ class RunDir:
         self.in_thread = run.here.device.type == "cuda"  # on a CPU it would compete for the cores
         self.writer = ThreadPoolExecutor(1)
         self.writing = []  # the checkpoint that the thread writes: a future, or none
+        self.open_boards = boards.import_boards(run.config)
+        self.boards = []  # functions that log numbers elsewhere too
+        self.damaged = ""  # a checkpoint that ckpt.prev.pt takes the place of
 
     def path(self, name):
         return os.path.join(self.run.config.out_dir, name)
@@ -59,6 +64,7 @@ class RunDir:
         if run.here.is_main:
             folder._claim()
             log.cut(folder.path("log.jsonl"), folder.step)
+            folder.boards = [open_(run.config, folder.step) for open_ in folder.open_boards]
             if folder.in_thread:
                 atexit.register(folder.wait)  # however the run ends
         return folder
@@ -78,8 +84,10 @@ class RunDir:
             os.makedirs(config.out_dir, exist_ok=True)
             self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            if self.damaged:
+                os.replace(self.path(PREVIOUS), self.damaged)
             with open(path + ".partial", "w") as file:
-                json.dump(asdict(config), file, indent=1)
+                json.dump(asdict(config) | dict(revision=revision()), file, indent=1)
             os.replace(path + ".partial", path)
         except OSError as error:
             cause = f"{error.strerror}; choose another"
@@ -91,7 +99,7 @@ class RunDir:
         """UsageError if the folder's run has other options than this one, where they matter."""
         here = json.loads(json.dumps(asdict(self.run.config)))
         defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
-        there = {RENAMED.get(name, name): there[name] for name in there}
+        there = {RENAMED.get(name, name): there[name] for name in there.keys() - {"revision"}}
         there = json.loads(json.dumps(defaults | dict(stem="imagenet") | there))  # the old stem
         if here["ratio"] == 1.0:  # no split; older runs kept the default
             there["ratio"] = 1.0
@@ -133,18 +141,9 @@ class RunDir:
                 "good state; lower lr, or try precision=fp32"
             )
         self.wait()
-        checkpoint = dict(
-            config=asdict(run.config),
-            step=done,
-            images=self.n_images,
-            student=run.network.state_dict(),
-            teacher=run.teacher.state_dict(),
-            optimizer=run.optimizer.state_dict(),
-            centers=run.centers,
-            skipped=run.skipped,
-            teacher_temp=run.teacher_temp,
-        )
-        files = {"ckpt.pt": checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
+        facts = dict(config=asdict(run.config), step=done, images=self.n_images)
+        checkpoint = facts | run.state()
+        files = {CHECKPOINT: checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
         files = to_host(files, copy=self.in_thread)  # the next step changes them in place
         if self.in_thread and not is_last:
             self.writing.append(self.writer.submit(self._write, done, files))
@@ -165,7 +164,8 @@ class RunDir:
         try:
             os.makedirs(self.run.config.out_dir, exist_ok=True)  # someone may have removed it
             for name, content in files.items():
-                save_atomically(content, self.path(name))
+                previous = self.path(PREVIOUS) if name == CHECKPOINT else ""
+                save_atomically(content, self.path(name), previous)
         except OSError as error:
             cause = error.strerror or error
             problem = f"no checkpoint after step {done}: {self.run.config.out_dir}: {cause}"
@@ -176,12 +176,24 @@ class RunDir:
             tqdm.write(f"WARNING: {problem}; {fix}")
 
     def restore(self):
-        """Load ckpt.pt into the run, if there is one, and set .step."""
+        """Load ckpt.pt into the run, if there is one, and set .step.
+
+        If it is damaged, load ckpt.prev.pt instead, and say so.
+        """
         run = self.run
-        path = self.path("ckpt.pt")
+        path = self.path(CHECKPOINT)
         if not os.path.exists(path):
             return
-        checkpoint = read_checkpoint(path)
+        try:
+            checkpoint = read_checkpoint(path)
+        except Damaged as error:
+            self.damaged, path = path, self.path(PREVIOUS)
+            if not os.path.exists(path):
+                raise
+            checkpoint = read_checkpoint(path)
+            if run.here.is_main:
+                cause = str(error).partition(";")[0]
+                tqdm.write(f"WARNING: {cause}; continuing from {path}, one checkpoint earlier")
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
             raise UsageError(
                 f"{path}: not a checkpoint that train.py can continue; move it away, or start from "
@@ -193,14 +205,7 @@ class RunDir:
                 f"{run.config.data} has {self.n_images} images, and had {checkpoint['images']} "
                 f"when {path} was written: put them back, or choose another --out_dir"
             )
-        run.network.load_state_dict(checkpoint["student"])
-        run.teacher.load_state_dict(checkpoint["teacher"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        for name, center in run.centers.items():
-            center.copy_(checkpoint["centers"][name])
-        run.skipped.copy_(checkpoint.get("skipped", run.skipped))
-        # absent in older files
-        run.teacher_temp = checkpoint.get("teacher_temp", run.config.teacher_temp)
+        run.load(checkpoint)
         self.step = checkpoint["step"]
 
     # --- the log
@@ -214,6 +219,8 @@ class RunDir:
             log.append(path, numbers)
         except OSError as error:
             tqdm.write(f"WARNING: step {numbers['step']} is not in {path}: {error.strerror}")
+        for board in self.boards:
+            board(numbers)
 
     def records(self):
         """Return the lines of log.jsonl as dicts, on the main rank; [] if there is none."""

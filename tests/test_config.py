@@ -1,11 +1,12 @@
 """Options: typed, checked, parsed as literals; every mistake is one line with its cause and fix."""
 
 import dataclasses
+import json
 import runpy
 import subprocess
 import sys
 
-from lib.config import RENAMED, Config, UsageError, check, configure, help_text, option
+from lib.config import RENAMED, SYNONYMS, Config, UsageError, check, configure, help_text, option
 from lib.evaluation import EvalConfig
 
 import pytest
@@ -85,8 +86,13 @@ def test_a_value_may_stand_behind_a_space(tmp_path):
         ("--local_scale=(0.5, None)", "two shares"),
         ("--local_scale=0.5", "several values"),
         ("--global_scale=(0.9, 0.1)", "0 < low <= high"),
-        ("--epochs=5", "warmup_epochs"),
         ("nowhere.py", "No such file"),
+        ("--config=nowhere.json", "No such file"),
+        ("nowhere", "neither a config file (.py, .json)"),
+        ("--data_path=x", "unknown option 'data_path' (did you mean 'data'?)"),
+        ("--lr_base=1", "did you mean 'lr'?"),
+        ("--output-dir=x", "did you mean 'out_dir'?"),
+        ("--num_workers=2", "did you mean 'workers'?"),
     ],
 )
 def test_mistakes_are_one_line(argument, message):
@@ -122,11 +128,30 @@ def test_no_integer_beyond_64_bits(field, tmp_path):
         (["--lr"], "--lr: write it --lr=value"),
         (["--blur", "--epochs=3"], "--blur: write it --blur=value"),
         (["--lam"], "did you mean 'lambda_preg'?"),
-        (["a.py", "b.py"], "No such file"),
+        (["a.py", "b.py"], "one config file per run"),
     ],
 )
 def test_a_missing_value_is_one_line(argv, message):
     assert message in refusal(Config, *argv)
+
+
+def test_every_synonym_names_an_option():
+    options = {field.name for cls in (Config, EvalConfig) for field in dataclasses.fields(cls)}
+    assert set(SYNONYMS.values()) <= options and not set(SYNONYMS) & options
+
+
+def test_a_config_json_gives_its_options_but_for_facts_of_its_machine(tmp_path):
+    path = tmp_path / "config.json"
+    there = dataclasses.asdict(Config(method="dino", seed=3, global_scale=(0.5, 1.0)))
+    path.write_text(json.dumps(there | dict(device="cuda", workers=7, ratio=1.0, revision="abc")))
+    assert configure(Config, [str(path)]) == Config(method="dino", seed=3, global_scale=(0.5, 1.0))
+    assert configure(Config, ["--config", str(path), "--seed", "4"]).seed == 4
+    path.write_text(json.dumps(dict(lam=0.5)))  # of an older run
+    assert configure(Config, [str(path)]).lambda_preg == 0.5
+    for text, message in (("{", "JSONDecodeError"), ("[1]", "TypeError"), ('{"x": 1}', "'x'")):
+        path.write_text(text)
+        assert message in refusal(Config, path)
+    assert "one config file" in refusal(Config, path, "--config=b.json")
 
 
 def test_one_config_file_per_run(tmp_path):

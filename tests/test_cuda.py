@@ -8,8 +8,7 @@ import importlib.util
 import shutil
 import sysconfig
 
-from lib import compiled, data, processor, rng, sources
-from lib import run as run_module
+from lib import compiled, data, processor, rng, screen, sources
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError
 
@@ -192,7 +191,7 @@ def test_without_a_compiler_a_run_is_eager_and_says_so(monkeypatch, folder, fres
     images, config = sources.open_images(str(folder), "train"), tiny_config()
     run = train.make_run(config, 5, HERE)
     assert run.config.compile is False
-    assert f"\n{line}\n" in run_module.first_screen(run, 0, images)
+    assert f"\n{line}\n" in screen.first_screen(run, 0, images)
     batch = next(iter(data.train_loader(images, config, 0, 1, HERE)))
     assert train.train_step(run, 0, batch)["loss"].isfinite()
 
@@ -245,7 +244,7 @@ def test_a_compiled_step_of_vit_small_in_bf16(flags_put_back):
         here = here._replace(autocast=processor.choose_precision(precision, GPU)[1])
         config = tiny_config(**options, precision=precision, compile=wanted)
         run = train.make_run(config, 5, here)
-        assert run.config.compile == (wanted is None), run.compiled
+        assert run.config.compile == (wanted is None), run.notes
         for step in range(2):
             loss = train.train_step(run, step, batch)["loss"]
         assert run.skipped.tolist() == [0, 0]

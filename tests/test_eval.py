@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 
-from lib import checkpoint, data, linear, results, sources
+from lib import data, evalstate, linear, results, sources
 from lib.checkpoint import save_atomically
 from lib.config import UsageError
 from lib.evaluation import Model
@@ -195,7 +195,7 @@ def test_held_out_images_choose_and_never_train(tmp_path, protocol):
         ckpt="x", epochs=3, batch_size=16, workers=0, held_out=0.1, protocol=protocol
     )
     task = linear.Task("linear", train, test, 4, view, linear.own_label, tests, tests)
-    state = checkpoint.EvalState(str(tmp_path), dict(task="linear"))
+    state = evalstate.EvalState(str(tmp_path), dict(task="linear"))
     rows = linear.linear_probe(models(), task, config, 32, HERE, state)
     fit, held = sources.hold_out(train.labels, 0.1, 0)
     assert len(held) == 10
@@ -223,7 +223,7 @@ def test_the_chosen_learning_rate_is_the_held_out_slices_best(monkeypatch, tmp_p
     tests = linear.perturbation_tests("ro,orig")
     chosen_on = linear.perturbation_tests("orig")
     task = plain_task("linear", train, test, tests, chosen_on)
-    state = checkpoint.EvalState(str(tmp_path), dict(task="linear"))
+    state = evalstate.EvalState(str(tmp_path), dict(task="linear"))
     rows = linear.linear_probe(models(), task, config, 32, HERE, state)
     held, rotated, orig = seen
     by_name = {(row["part"], row["test"], row["classifier"]): row for row in rows}
@@ -520,7 +520,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     evaluate(tmp_path / "whole")
-    real = checkpoint.EvalState.write
+    real = evalstate.EvalState.write
     writes = []
 
     def write(self, **state):
@@ -529,7 +529,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(
         if len(writes) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.EvalState, "write", write)
+    monkeypatch.setattr(evalstate.EvalState, "write", write)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "cut")
     assert writes[-1] == 3
@@ -623,7 +623,7 @@ def test_fine_tuning_moves_the_whole_network_and_leaves_the_model_alone(
     config = eval_downstream.DownstreamConfig(
         ckpt="x", task="folder", epochs=2, batch_size=16, workers=0, part="ir", lr=0.05
     )
-    state = checkpoint.EvalState(str(tmp_path), dict(task="folder"))
+    state = evalstate.EvalState(str(tmp_path), dict(task="folder"))
     eval_downstream.finetune([model], task, config, 32, HERE, state)
     after = made[0].representation.backbones[0].state_dict()
     for name, value in model.backbone.state_dict().items():

@@ -134,7 +134,7 @@ def ranks_of(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 6)])
+@pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 5)])
 def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, number):
     options = arguments(data=folder, out_dir=tmp_path, **RUN)
     killed = launched("tests/inject.py", f"die:{call}:{number}", *options)

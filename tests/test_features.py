@@ -4,7 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
-from lib import checkpoint, evaluation, features, machine, results, sources, weights
+from lib import checkpoint, evalstate, evaluation, features, machine, results, sources, weights
 from lib.config import UsageError
 
 import pytest
@@ -290,16 +290,16 @@ def test_a_table_has_a_line_for_each_row_and_a_column_for_each_test():
 
 def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
     protocol = dict(task="linear", lr=0.1, lrs=(0.1, 0.2), workers=8, out="")
-    state = checkpoint.EvalState(str(tmp_path), protocol)
+    state = evalstate.EvalState(str(tmp_path), protocol)
     assert state.read(("rows", "epoch")) == ([], None)
     state.write(rows=[dict(row="a", value=1.0)], epoch=3)
     elsewhere = protocol | dict(workers=0, out=str(tmp_path))  # on another machine
-    again = checkpoint.EvalState(str(tmp_path), elsewhere)
+    again = evalstate.EvalState(str(tmp_path), elsewhere)
     rows, begun = again.read(("rows", "epoch"))
     assert again.exists() and rows == [dict(row="a", value=1.0)] and begun["epoch"] == 3
     with pytest.raises(UsageError, match="remove it"):
         again.read(("rows", "network"))
-    other = checkpoint.EvalState(str(tmp_path), protocol | dict(lr=0.2))
+    other = evalstate.EvalState(str(tmp_path), protocol | dict(lr=0.2))
     assert other.read(("rows",)) == ([], None)
     results.finish(again, protocol, 1.5, [dict(row="a", part="", dims=1, metric="top1", value=1.0)])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

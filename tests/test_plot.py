@@ -8,6 +8,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+from lib import curves
 from lib.config import UsageError
 
 import plot
@@ -16,10 +17,10 @@ RUNS = [str(ROOT / "results" / "collapse" / name) for name in ("clever", "ddcl")
 
 
 def test_a_panel_shows_the_parts_of_one_quantity():
-    assert plot.panel_and_part("knn_rotated_ef") == ("knn_rotated", "ef")
-    assert plot.panel_and_part("rank_proj_ir") == ("rank_proj", "ir")
-    assert plot.panel_and_part("data_wait") == ("data_wait", "full")
-    assert plot.panel_and_part("L_CL") == ("L_CL", "full")
+    assert curves.panel_and_part("knn_rotated_ef") == ("knn_rotated", "ef")
+    assert curves.panel_and_part("rank_proj_ir") == ("rank_proj", "ir")
+    assert curves.panel_and_part("data_wait") == ("data_wait", "full")
+    assert curves.panel_and_part("L_CL") == ("L_CL", "full")
 
 
 def test_curves_are_drawn_into_the_first_runs_folder(tmp_path, capsys):

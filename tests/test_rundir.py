@@ -1,17 +1,20 @@
 """What a run writes beside its steps: checkpoints by a thread, log lines one window late.
 
-Both are for GPUs alone; here a CPU is forced to do so.
+Both are for GPUs alone; here a CPU is forced to do so. And what a damaged checkpoint costs.
 """
 
+import errno
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import threading
+import zipfile
 from pathlib import Path
 
-from lib import machine, monitor, rundir, sources
+from lib import checkpoint, machine, monitor, rundir, sources
 from lib.config import UsageError
 from lib.rundir import RunDir
 
@@ -298,6 +301,112 @@ def test_too_many_skipped_steps_are_seen_a_window_late(images, tmp_path, monkeyp
         log.run.skipped.fill_(0 if is_late else 3)
         with pytest.raises(UsageError, match="steps 1 to 3: no gradient was finite"):
             log.step(noticed_at)
+
+
+# --- a damaged checkpoint
+
+
+def checkpoint_of(run):
+    """-> the run's ckpt.pt, with its bytes."""
+    path = Path(run.config.out_dir) / "ckpt.pt"
+    return path, path.read_bytes()
+
+
+def flipped(content, bit):
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(steps, tmp_path):
+    """Bits anywhere, bits of the archive's table of members, and lengths."""
+    run, _, do = steps
+    do(0)
+    RunDir(run, 80).save(1)
+    path, content = checkpoint_of(run)
+    whole = state(tmp_path)
+    rng = random.Random(0)
+    table = content.rindex(b"PK\1\2")
+    bits = [rng.randrange(8 * len(content)) for _ in range(60)]
+    bits += [8 * rng.randrange(table - 4000, len(content)) + 3 for _ in range(60)]
+    spoiled = [flipped(content, bit) for bit in bits]
+    spoiled += [content[: rng.randrange(len(content))] for _ in range(20)]
+    refused = 0
+    for changed in spoiled:
+        path.write_bytes(changed)
+        try:
+            assert_same(whole, checkpoint.read_checkpoint(path))
+        except UsageError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused >= 60 + 20
+
+
+def test_of_sixty_flipped_bits_in_the_weights_all_are_found(steps, tmp_path):
+    run, *_ = steps
+    RunDir(run, 80).save(1)
+    path, content = checkpoint_of(run)
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if "/data/" in info.filename]
+    members.sort(key=lambda info: -info.file_size)
+    rng = random.Random(1)
+    for info in members[:60]:
+        at = info.header_offset
+        lengths = [content[i : i + 2] for i in (at + 26, at + 28)]  # of name and extra field
+        start = at + 30 + sum(int.from_bytes(x, "little") for x in lengths)
+        bit = 8 * start + rng.randrange(8 * info.file_size)
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(checkpoint.Damaged, match="checksum; copy it again"):
+            checkpoint.read_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_costs_one_interval(images, steps, tmp_path, capsys):
+    run, _, do = steps
+    kept = {}
+    for n in range(3):
+        do(n)
+        RunDir(run, 80).save(n + 1)
+        kept[n + 1] = state(tmp_path)
+        assert (tmp_path / "ckpt.prev.pt").exists() == (n > 0)
+    assert_same(kept[2], torch.load(tmp_path / "ckpt.prev.pt", weights_only=True))
+    path, content = checkpoint_of(run)
+    path.write_bytes(flipped(content, 4 * len(content)))
+    with pytest.raises(UsageError, match=r"copy it again, or use .*ckpt\.prev\.pt"):
+        checkpoint.read_checkpoint(path)
+
+    again = train.make_run(run.config, 5, HERE)
+    opened = RunDir.open(again, 80)
+    told = capsys.readouterr().out
+    assert opened.step == 2 and told.count("\n") == 1
+    assert "ckpt.pt: damaged, " in told and "continuing from" in told
+    assert_same(kept[2], state(tmp_path))  # it takes the damaged one's place
+    assert not (tmp_path / "ckpt.prev.pt").exists()
+    train.train_step(again, 2, batch_of(images, again.config, 2))
+    opened.save(3)
+    assert_same(kept[3], state(tmp_path))
+    assert_same(kept[2], torch.load(tmp_path / "ckpt.prev.pt", weights_only=True))
+
+
+def test_without_a_previous_one_a_damaged_checkpoint_is_an_error(steps, tmp_path):
+    run, _, _ = steps
+    RunDir(run, 80).save(1)
+    path, content = checkpoint_of(run)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="damaged"):
+        RunDir(run, 80).restore()
+
+
+def test_where_no_links_can_be_the_old_file_is_moved(tmp_path, monkeypatch):
+    path, previous = str(tmp_path / "ckpt.pt"), str(tmp_path / "ckpt.prev.pt")
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    for n in range(3):
+        checkpoint.save_atomically(n, path, previous)
+    assert (torch.load(path), torch.load(previous)) == (2, 1)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.prev.pt", "ckpt.pt"]
 
 
 # --- a whole run, as on a GPU, and what may happen to it

@@ -39,7 +39,10 @@ ROOMS = {
     "lib/scan_triton.py": (283, set()),
     "lib/weights.py": (100, {"model", "lib.machine", "lib.checkpoint"}),
     "lib/machine.py": (150, {"lib.processor"}),
-    "lib/rundir.py": (200, {"lib.machine", "lib.checkpoint", "lib.log"}),
+    "lib/rundir.py": (
+        208,
+        {"lib.boards", "lib.machine", "lib.checkpoint", "lib.log", "lib.results"},
+    ),
     "lib/monitor.py": (
         220,
         {
@@ -49,9 +52,11 @@ ROOMS = {
             "lib.machine",
             "lib.results",
             "lib.collapse",
+            "lib.curves",
             "lib.equivariance",
             "lib.evaluation",
             "lib.run",
+            "lib.screen",
         },
     ),
     "lib/equivariance.py": (320, {"augment", "lib.features", "lib.images", "lib.resident"}),
@@ -69,7 +74,7 @@ ROOMS = {
             "lib.weights",
         },
     ),
-    "lib/results.py": (135, {"lib.machine", "lib.checkpoint"}),
+    "lib/results.py": (140, {"lib.machine", "lib.checkpoint"}),
     # of augment.py: its operations on pixels; one copy and one graph on a GPU
     "lib/pixels.py": (80, set()),
     "lib/packed.py": (20, set()),
@@ -81,7 +86,7 @@ ROOMS = {
     "lib/processor.py": (120, set()),
     # of train.py: what a step works on
     "lib/run.py": (
-        250,
+        230,
         {
             "augment",
             "lib.batchnorm",
@@ -92,10 +97,16 @@ ROOMS = {
             "lib.weights",
         },
     ),
+    # of monitor.py: the first screen
+    "lib/screen.py": (80, {"augment", "lib.data", "lib.results"}),
     "lib/batchnorm.py": (105, set()),
     "lib/compiled.py": (120, {"lib.machine"}),
     # of rundir.py: log.jsonl
     "lib/log.py": (40, set()),
+    # of rundir.py: TensorBoard, Weights & Biases
+    "lib/boards.py": (60, set()),
+    # of monitor.py and tools/plot.py: log.jsonl as a picture
+    "lib/curves.py": (70, set()),
     # of monitor.py: collapse metrics
     "lib/collapse.py": (100, {"losses", "lib.features"}),
     # of features.py: linear classifiers
@@ -111,12 +122,14 @@ ROOMS = {
         },
     ),
     # of weights.py and results.py: files that survive
-    "lib/checkpoint.py": (100, {"lib.machine"}),
+    "lib/checkpoint.py": (110, set()),
+    # of results.py: what an interrupted evaluation continues from
+    "lib/evalstate.py": (55, {"lib.checkpoint", "lib.machine"}),
 }
 OVER = 1.1  # a budget may be exceeded by this factor, but for train.py
 READ_IN_ONE_SITTING = {"losses.py", "model.py", "train.py"}  # under 650 lines together
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "PIL"}
-LAZY = {"matplotlib"}  # only inside a function
+LAZY = {"matplotlib", "wandb"}  # only inside a function
 ONLY_IN = {"triton": "lib/scan_triton.py"}
 
 # Words that are not plain. In identifiers, strings and comments alike:
@@ -258,8 +271,8 @@ def test_the_method_is_read_in_one_sitting():
 
 
 def test_all_code_together():
-    # 7,550 after the rooms; resident images, the GPU work, view shares came on top. Aim at 5,800
-    assert sum(map(length, CODE)) < 9200
+    # resident images, the GPU work, view shares, boards and damaged files came on top of 7,550
+    assert sum(map(length, CODE)) < 9600
 
 
 # --- statements

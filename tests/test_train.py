@@ -4,12 +4,13 @@ Faults: test_faults.py.
 """
 
 import functools
+import importlib.util
 import json
 import math
 import os
 from contextlib import nullcontext
 
-from lib import collapse, compiled, data, machine, monitor, sources
+from lib import collapse, compiled, data, machine, monitor, results, sources
 from lib.config import RENAMED, UsageError
 from lib.rundir import RunDir
 from lib.shapes import shapes
@@ -510,10 +511,12 @@ def test_a_finished_run_is_not_restarted_and_another_config_is_refused(folder, t
     before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
     assert set(before) - {".lock"} == {
         "ckpt.pt",
+        "ckpt.prev.pt",
         "backbone.pt",
         "log.jsonl",
         "config.json",
         "views.png",
+        *(["curves.png"] if importlib.util.find_spec("matplotlib") else []),
     }
     again = run_script("train.py", *arguments(**options, log_every=3))
     assert "is finished" in again.stdout
@@ -592,6 +595,59 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
 
 
 # --- what a person sees
+
+
+def test_max_steps_scales_all_schedules(folder, tmp_path):
+    """Each schedule goes as far in fewer steps, and the end is evaluated."""
+    rates = {}
+    for max_steps in (0, 7):
+        out = tmp_path / str(max_steps)
+        done = run_script("train.py", *arguments(data=folder, out_dir=out, max_steps=max_steps))
+        told = "max_steps: ends after 7 steps, schedules scaled to them" in done.stdout
+        assert told == bool(max_steps)
+        rates[max_steps] = list(logged(out, "lr").values())
+        assert list(logged(out, "std_full")) == [len(rates[max_steps])]
+    whole, short = rates[0], rates[7]
+    assert (len(whole), len(short)) == (10, 7)
+    assert max(short) == pytest.approx(max(whole)) and short[-1] == pytest.approx(whole[-1])
+    assert (whole.index(max(whole)), short.index(max(short))) == (5, 3)  # the warm-up: half
+    temp = [train.teacher_temperature(s, tiny_config(teacher_temp_epochs=1), 3.5) for s in range(7)]
+    assert temp[4:] == [tiny_config().teacher_temp] * 3
+    assert train.make_run(tiny_config(max_steps=7, epochs=1), 5, HERE).total == 5  # only shortens
+
+
+@pytest.mark.slow
+def test_a_shortened_run_continues_bit_for_bit(folder, tmp_path):
+    options = dict(data=folder, max_steps=7)
+    run_script("train.py", *arguments(**options, out_dir=tmp_path / "a"))
+    again = arguments(**options, out_dir=tmp_path / "b")
+    run_script("tests/inject.py", "term:3", *again, check=False)
+    assert state(tmp_path / "b")["step"] == 4
+    run_script("train.py", *again)
+    assert_same(state(tmp_path / "a"), state(tmp_path / "b"))
+
+
+def test_a_warm_up_that_would_fill_the_run_is_clipped_and_told(folder, tmp_path):
+    options = arguments(data=folder, epochs=1, out_dir=tmp_path)
+    done = run_script("train.py", *options)
+    assert "warmup_epochs=1.0 would fill the run: now 0.1\n" in done.stdout
+    assert json.loads((tmp_path / "config.json").read_text())["warmup_epochs"] == 0.1
+    assert "is finished" in run_script("train.py", *options).stdout  # the same run
+
+
+def test_config_json_continues_a_run_and_repeats_it_elsewhere(folder, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    done = run_script("train.py", *arguments(method="dino", data=folder, seed=3, out_dir=first))
+    shown = f"\n{done.stdout}"  # the first screen: what is not default, the revision, where to look
+    assert "out_dim=64  " in shown and not {"teacher_temp=", "alpha="} & set(shown.split())
+    assert f"\nrevision {results.revision() or 'unknown'}; " in shown
+    assert f"\nlook at {first}/: " in shown
+    path = first / "config.json"
+    assert json.loads(path.read_text())["revision"] == results.revision()
+    assert f"{first} is finished" in run_script("train.py", f"--config={path}").stdout
+    run_script("train.py", path, "--out_dir", again)
+    for part in ("student", "teacher", "optimizer", "centers"):
+        assert_same(state(first)[part], state(again)[part])
 
 
 @pytest.mark.slow

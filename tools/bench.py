@@ -46,8 +46,8 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from lib import data, evaluation, features, fused, linear, machine, processor, sources
-from lib.checkpoint import EvalState
 from lib.config import Config, UsageError, configure, option
+from lib.evalstate import EvalState
 from lib.rng import sample_seeds
 from lib.shapes import shapes
 

@@ -1,0 +1,82 @@
+"""What a person sees before a run trains: the first screen and views.png."""
+
+from dataclasses import asdict
+
+from lib import data
+from lib.results import revision
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid
+
+import augment
+
+
+def first_screen(run, step, train_set):
+    """Say what is about to be trained, on what, and how."""
+    config, here = run.config, run.here
+    lines = [f"revision {revision() or 'unknown'}; options other than the defaults:", ""]
+    for option in changed_options(config):
+        if len(lines[-1]) + len(option) > 98:
+            lines.append("")
+        lines[-1] += option + "  "
+    backbone, network = (
+        sum(p.numel() for p in net.parameters()) / 1e6
+        for net in (run.network.backbone, run.network)
+    )
+    device = f"CPU with {torch.get_num_threads()} threads"
+    if here.device.type == "cuda":
+        device = torch.cuda.get_device_name(here.device)
+    share = config.batch_size // here.world
+    size = data.part_size(share, config.max_batch_per_gpu)
+    classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
+    where = f"read by {data.loading_workers(config.workers)} processes a rank"
+    if train_set.pixels is not None:
+        where = "in memory"
+    lines += [
+        "",
+        f"{config.method} {config.arch}: backbone {backbone:.2f} M parameters, with heads "
+        f"{network:.2f} M",
+        f"{len(train_set)} images of {config.data}{classes}, {where}",
+        f"{here.world} x {device}, {here.precision}; batch {config.batch_size} = {here.world} x "
+        f"{share // size} x {size} (ranks x accumulated x at once); peak lr "
+        f"{config.lr * config.batch_size / 256:.3g}",
+    ]
+    if hasattr(run.network.backbone, "scan_backend"):
+        lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
+    lines += run.notes
+    if step:
+        lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
+    elif config.init_from:
+        lines.append(f"a new schedule from the weights of {config.init_from}")
+    if run.total < config.epochs * run.steps_per_epoch:
+        lines.append(f"max_steps: ends after {run.total} steps, schedules scaled to them")
+    lines.append(f"look at {config.out_dir}/: views.png now, log.jsonl and curves.png as it goes")
+    return "\n".join([*lines, ""])
+
+
+def changed_options(config):
+    """Return ["name=value"] of the options that differ from the defaults; config.json has all."""
+    default = type(config)()
+    told = ("device", "precision")  # on other lines
+    names = [name for name in asdict(config) if name not in told]
+    return [f"{n}={getattr(config, n)}" for n in names if getattr(config, n) != getattr(default, n)]
+
+
+@torch.compiler.set_stance("force_eager")  # six images would be two graphs of their own
+def views_picture(run, whole, batch):
+    """Draw a row for each image: whole uint8 (n, 3, G, G), then its views as the network sees them.
+
+    batch: the data.Batch of the same images. Returns RGB in [0, 1], (3, H, W).
+    """
+    size = run.config.img_size
+    pictures = [whole[None] / 255]  # each (V, n, 3, size, size)
+    for view in run.views(batch):
+        border = size - view.shape[-1]
+        pad = (border // 2, border - border // 2) * 2
+        pictures.append(F.pad(augment.denormalize(view).cpu(), pad, value=1.0))
+    rows = torch.cat(pictures).transpose(0, 1)  # (n, 1 + V, 3, size, size)
+    shape = dict(nrow=rows.shape[1], padding=max(2, size // 32), pad_value=1)
+    grid = make_grid(rows.flatten(0, 1), **shape)
+    zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
+    return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
