@@ -131,7 +131,8 @@ def configure(cls, argv, **choices):
     choices: option -> names of the table that it chooses from.
     """
     if "-h" in argv or "--help" in argv:
-        print(help_text(cls, **choices))
+        files = [a.removeprefix("--config=") for a in argv if a.endswith((".py", ".json"))]
+        print(help_text(cls, _read_file(cls, files[0]) if files else {}, **choices))
         raise SystemExit(0)
     given, files = {}, []
     rest = iter(argv)
@@ -179,18 +180,25 @@ def did_you_mean(name, names):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def help_text(cls, **choices):
-    """Return what --help prints: each option with its default, help and choices, by groups."""
+def help_text(cls, from_file=(), **choices):
+    """Return what --help prints: each option with its default, help and choices, by groups.
+
+    from_file: {option: value} of a config file; its values are shown, with a star.
+    """
+    from_file = dict(from_file)
     groups, group = {}, ""
     for field in dataclasses.fields(cls):
         group = field.metadata["group"] or group
         names = choices.get(field.name) or field.metadata["choices"]
         about = field.metadata["help"] + (f" ({', '.join(names)})" if names else "")
-        head = f"  --{field.name}={field.default}".ljust(33) + " "
+        value = from_file.get(field.name, field.default)
+        star = "" if value == field.default else " *"
+        head = f"  --{field.name}={value}{star}".ljust(33) + " "
         line = textwrap.fill(about, 100, initial_indent=head, subsequent_indent=" " * 34)
         groups.setdefault(group, ["", group]).append(line)
     usage = "Usage: [config.py | --config=out/x/config.json] [--key=value | --key value ...]"
     about = [inspect.cleandoc(cls.__doc__), usage]
+    about += ["* the config file's value, not the default"] if from_file else []
     return "\n".join(itertools.chain(about, *groups.values()))
 
 
