@@ -247,8 +247,9 @@ def test_the_method_is_read_in_one_sitting():
 
 
 def test_all_code_together():
-    # 7,550 after the rooms; resident images, the GPU work, view shares came on top. Aim at 5,800
-    assert sum(map(length, CODE)) < 9200
+    # 7,550 after the rooms; resident images, the GPU work, view shares, the picture of the method
+    # came on top. Aim at 5,800
+    assert sum(map(length, CODE)) < 9320
 
 
 # --- statements
