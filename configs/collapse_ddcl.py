@@ -2,8 +2,8 @@
 
     for c in ddcl ddcl_preg clever_lam0 clever; do python train.py configs/collapse_$c.py; done
 
-The demo's images and network, two views, six minutes on one core. The README has the table of the
-four runs, what else was tried, and the lines that print the table from the logs.
+The demo's images and network, two views, six minutes on one core. docs/ablations.md has the table
+of the four runs and the lines that print it from the logs.
 """
 
 from configs.demo import *

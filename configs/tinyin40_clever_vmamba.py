@@ -3,7 +3,7 @@
     python train.py configs/tinyin40_clever_vmamba.py --data=/path/to/tinyin40
     python eval_linear.py --protocol=ridge --ckpt=out/tinyin40_clever_vmamba/ckpt.pt
 
-Hardware, time and accuracy: the README.
+Hardware, time and accuracy: docs/real_images.md.
 Options without a comment here have theirs in tinyin40_clever.py.
 """
 
@@ -16,7 +16,7 @@ drop_path = 0.0
 epochs, warmup_epochs = 3, 1  # 60,000 images: enough to show that it learns
 orth = "dot"  # of the recorded runs; cosine has become the default since
 blur = solarize = False
-batch_size, lr = 64, 5e-4  # with 3x this lr it learns, then collapses to rank 4 (README)
+batch_size, lr = 64, 5e-4  # with 3x this lr it learns, then collapses to rank 4
 freeze_last_layer = 3  # prototypes that move make it collapse sooner
 teacher_momentum = 0.99
 workers = 1

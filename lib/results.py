@@ -42,7 +42,7 @@ def unpack_correct(text, n):
 
 
 def table_lines(rows):
-    """Yield the lines of a table, for the screen and for a README; over several seeds mean ± std.
+    """Yield the lines of a table, for the screen and docs/; over several seeds mean ± std.
 
     A column is a metric. If rows have a classifier, it is beside the dims and a column is a test.
     Rows with an interval, of equivariance.py, have two more tables: shares and parameters by test.

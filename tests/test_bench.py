@@ -76,7 +76,7 @@ def test_a_profile_shares_out_a_rows_time(capsys):
 
 
 def test_recorded_rows_are_rows():
-    """A row of the README's tables that has been renamed or removed could not be repeated."""
+    """A row of docs/performance.md that has been renamed or removed could not be repeated."""
     on_a_gpu = bench.rows(torch.device("cuda"), "")  # nothing is built yet
     known = bench.rows(CPU, "").keys() | on_a_gpu.keys()
     for path in (ROOT / "results").glob("bench*.json"):
