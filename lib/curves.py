@@ -1,14 +1,17 @@
 """The log.jsonl of runs as a picture: loss terms, kNN, effective ranks, the wait for data.
 
-A color is a run, a line style is a part of the representation. Needs matplotlib.
+A line style is a part of the representation, a color is a run; of a single run a part. Needs
+matplotlib.
 """
 
 import json
+import math
 import os
 
 from lib.config import UsageError
 
-DRAWN = ("loss", "L_", "knn", "rank", "data_wait")  # beginnings of fields of the log, in this order
+# beginnings of fields of the log, in this order
+DRAWN = ("loss", "L_", "knn", "rank", "view_share", "data_wait")
 STYLES = {"full": "-", "ir": "--", "ef": ":"}
 
 
@@ -30,36 +33,57 @@ def panel_and_part(field):
     return (stem, part) if part in STYLES else (field, "full")
 
 
-def draw(runs):
-    """Draw the logs of runs, a list of folders -> the picture's path, curves.png in the first."""
-    logs = {run: read_log(run) for run in runs}
+def panels_of(logs):
+    """Return {title: its fields} of logs, {run: records}, in the order of DRAWN."""
     fields = dict.fromkeys(name for log in logs.values() for record in log for name in record)
-    panels = {}  # title -> its fields
+    panels = {}
     for start in DRAWN:
         for field in (name for name in fields if name.startswith(start)):
             panels.setdefault(panel_and_part(field)[0], []).append(field)
+    return panels
+
+
+def draw(runs):
+    """Draw the logs of runs, a list of folders -> the picture's path, curves.png in the first."""
+    logs = {run: read_log(run) for run in runs}
+    panels = panels_of(logs)
     if not panels:
         raise UsageError(f"{', '.join(runs)}: nothing to draw yet; wait for the first log line")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("curves.png needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(10, 1.8 * len(panels)), layout="constrained")
-    all_axes = figure.subplots(len(panels), sharex=True, squeeze=False).flat
-    for axes, (title, shown) in zip(all_axes, panels.items()):
-        for color, (run, log) in enumerate(logs.items()):
-            for field in shown:
-                points = [(record["epoch"], record[field]) for record in log if field in record]
-                _, part = panel_and_part(field)
-                label = run if field == title else f"{run} {part}"
-                if points:
-                    axes.plot(*zip(*points), STYLES[part], color=f"C{color}", label=label)
-        axes.set_ylabel(title)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_xlabel("epoch")
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 2.2 * rows), layout="constrained")
+    figure.suptitle(", ".join(runs), fontsize=10)
+    all_axes = list(figure.subplots(rows, 2, sharex=True, squeeze=False).flat)
+    for axes, (title, fields) in zip(all_axes, panels.items()):
+        _draw_panel(axes, logs, fields)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.tick_params(labelsize=8)
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
+    for axes in all_axes[-2:]:
+        axes.set_xlabel("epoch", fontsize=8)
     path = os.path.join(runs[0], "curves.png")
     figure.savefig(path, dpi=110)
     return path
+
+
+def _draw_panel(axes, logs, fields):
+    for number, (run, log) in enumerate(logs.items()):
+        for field in fields:
+            points = [(record["epoch"], record[field]) for record in log if field in record]
+            _, part = panel_and_part(field)
+            names = [run] * (len(logs) > 1) + [part] * (len(fields) > 1)
+            color = number if len(logs) > 1 else list(STYLES).index(part)
+            style = dict(color=f"C{color}", linestyle=STYLES[part])
+            if len(points) < 20:  # one has no line
+                style["marker"] = "."
+            if points:
+                axes.plot(*zip(*points), label=" ".join(names), **style)
+    if len(logs) > 1 or len(fields) > 1:
+        axes.legend(fontsize=7)
 
 
 def draw_if_possible(run):

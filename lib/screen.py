@@ -57,9 +57,10 @@ def first_screen(run, step, train_set):
 
 def changed_options(config):
     """Return ["name=value"] of the options that differ from the defaults; config.json has all."""
-    default = type(config)()
-    told = ("device", "precision")  # on other lines
-    names = [name for name in asdict(config) if name not in told]
+    default = type(config)(out_dim=config.out_dim)
+    elsewhere = {"device", "precision", "compile"}  # on other lines
+    elsewhere |= set() if "resne" in config.arch else {"stem"}
+    names = [name for name in asdict(config) if name not in elsewhere]
     return [f"{n}={getattr(config, n)}" for n in names if getattr(config, n) != getattr(default, n)]
 
 

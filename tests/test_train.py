@@ -221,7 +221,7 @@ def test_compiled_step_is_the_eager_step(folder):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
     images, terms = sources.open_images(str(folder), "train"), []
     for is_compiled in (False, True):
-        config = tiny_config(compile=is_compiled, warmup_epochs=0)
+        config = tiny_config(compile=is_compiled, warmup_epochs=0, local_crops=0)
         run = train.make_run(config, 5, HERE)
         terms.append(
             [
@@ -652,15 +652,19 @@ def test_config_json_continues_a_run_and_repeats_it_elsewhere(folder, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    """The demo, shortened: the class probe and kNN clearly beat the untrained ones.
+    """The demo at half the size: the class probe and kNN clearly beat the untrained ones.
 
-    Half the batch makes as many steps in two epochs as the demo in four. Seen with seed 1: class 23
-    percent points more, kNN 17. A fresh Python on all cores.
+    Half the batch makes as many steps in two epochs as the demo in four. Seen with seeds 1 and 2:
+    class 12 and 10 percent points more, kNN 11 and 6. A fresh Python on all cores.
     """
     run_script(
         "train.py",
         "configs/demo.py",
         "--seed=1",
+        "--arch=vit_nano",
+        "--patch_size=4",
+        "--img_size=16",
+        "--local_size=8",
         "--epochs=2",
         "--batch_size=64",
         "--lr=4e-3",
@@ -675,8 +679,8 @@ def test_it_learns(tmp_path):
     )
     [result] = json.loads((tmp_path / "results.json").read_text())
     value = {(row["row"], row["part"], row["metric"]): row["value"] for row in result["rows"]}
-    assert value["clever", "full", "class"] > value["untrained", "full", "class"] + 8
-    assert value["clever", "full", "kNN"] > value["untrained", "full", "kNN"] + 5
+    assert value["clever", "full", "class"] > value["untrained", "full", "class"] + 5
+    assert value["clever", "full", "kNN"] > value["untrained", "full", "kNN"] + 2
 
 
 def test_without_arguments_it_says_what_it_is():

@@ -3,7 +3,8 @@
     python tools/plot.py out/demo                  writes out/demo/curves.png
     python tools/plot.py out/demo out/demo_dino    both in one picture, in the first one's folder
 
-A color is a run, a line style is a part of the representation. Needs matplotlib.
+A line style is a part of the representation, a color is a run; of a single run a part. Needs
+matplotlib.
 """
 
 import os
