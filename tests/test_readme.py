@@ -91,14 +91,16 @@ OPTIONS = {  # script -> its options
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_of_a_command_exists(page):
     text = PAGES[page].replace("\\\n", " ")
+    new = set(re.findall(r"^\+    (\w+): \w+ = option\(", text, re.M))  # of the page's diffs
     commands = re.findall(r"(?:python|torchrun .*?) (\S+\.py)([^`\n;]*)", text)
     assert commands
     for file, options in commands:
         for name in re.findall(r"--(\w+)", options):
-            assert name == "help" or name in OPTIONS[file].__dataclass_fields__, (file, name)
+            assert name in {"help", *new, *OPTIONS[file].__dataclass_fields__}, (file, name)
     known = {name for cls in OPTIONS.values() for name in cls.__dataclass_fields__}
     # --key=value, torchrun's --max-restarts, docker's --ipc
     known |= {"help", "key", "nproc_per_node", "max", "ipc"}
+    known |= new
     assert set(re.findall(r"[ `(\"]--([a-z_]+)\b", text)) <= known
 
 
