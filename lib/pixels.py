@@ -79,10 +79,10 @@ def gaussian_matrix(S, sigma, radius):
 
 
 def transform_each(function, crops, seeds):
-    """Apply a function to each of crops uint8 (..., 3, S, S), torch's generator seeded for it."""
-    result = crops.clone(memory_format=torch.contiguous_format)
+    """Apply a function, on the CPU, to crops uint8 (..., 3, S, S); seeds torch's generator."""
+    result = crops.cpu().clone(memory_format=torch.contiguous_format)
     with torch.random.fork_rng(devices=[]):
         for x, seed in zip(result.flatten(0, -4), seeds.flatten().tolist()):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # manual_seed seeds all devices: slow
             x.copy_(to_dtype(function(x), torch.uint8, scale=True))
-    return result
+    return result.to(crops.device)
