@@ -11,15 +11,17 @@ Operations and their order are torchvision's; tests/test_augment.py compares the
 rotation is bilinear (not nearest), nothing is rounded to uint8 in between, the blur is a Gaussian
 of 13 taps (DINO's is Pillow's approximation). Random numbers are a function of a sample's seed.
 To add an operation, add a field to Recipe and a line to `parameters`, `_in_use` and `transform`.
+Or give a recipe a crop_transform, such as one of torchvision's. docs/fork.md does both.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from lib.compiled import run_compiled
 from lib.packed import copy_packed
-from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize
+from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize, transform_each
 from lib.rng import fork, sample_seeds, uniforms
 
 import torch
@@ -36,6 +38,7 @@ BY_ROWS = {"cpu"}  # devices that skip the samples that an operation does not ch
 class Recipe(NamedTuple):
     """What happens to a crop: probabilities, ranges and strengths. The default does nothing."""
 
+    crop_transform: Callable | None = None  # of a crop uint8 (3, S, S), before all else
     flip: float = 0.0  # probability
     rotate: float = 0.0  # degrees: uniform in -rotate .. rotate, corners are black
     elastic: float = 0.0  # probability
@@ -184,6 +187,8 @@ def augment_views(global_crops, local_crops, seeds, recipe):
 
 def augment(images, recipe, seeds, kind=GLOBAL_1):
     """Apply a recipe: images uint8 (N, 3, S, S), seeds (N,) on the CPU -> normalized float32."""
+    if recipe.crop_transform:
+        images = transform_each(recipe.crop_transform, images, fork(seeds, "crop_transform"))
     params = parameters(recipe, seeds, kind)
     if images.device.type in BY_ROWS:
         return _in_chunks(images, params)

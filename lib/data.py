@@ -24,6 +24,7 @@ from lib.images import cache_in_ram, limit_decode, read_or_reason
 from lib.images import decode as decode
 from lib.images import reason as reason
 from lib.images import subset as subset
+from lib.pixels import transform_each
 from lib.processor import local_ranks, view_stream
 from lib.resident import place
 from lib.rng import fork, sample_seeds, to_device
@@ -238,7 +239,19 @@ def _views(config):
     names = ("local_size", "local_crops", "global_scale", "local_scale")
     sizes = {name: getattr(config, name) for name in names}
     functions = (augment.crop_views, resident.crop_views)
-    return [partial(crop, global_size=config.img_size, **sizes) for crop in functions]
+    crops = [partial(crop, global_size=config.img_size, **sizes) for crop in functions]
+    function = augment.RECIPES[config.recipe].crop_transform
+    return [partial(_transformed, function, crop) for crop in crops] if function else crops
+
+
+def _transformed(function, crop, images, seeds):
+    """Cut crops, then apply a recipe's crop_transform to each: seeds (...), crops (..., n, ...)."""
+    views = []
+    for kind, crops in enumerate(crop(images, seeds)):
+        index = torch.arange(crops.shape[-4])
+        of_crops = fork(seeds[..., None], "crop_transform", kind, index)
+        views.append(transform_each(function, crops, of_crops))
+    return views
 
 
 def train_loader(images, config, start, stop, here):

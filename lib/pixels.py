@@ -7,6 +7,7 @@ makes one loop over the pixels of many operations.
 from lib.rng import noise
 
 import torch
+from torchvision.transforms.v2.functional import to_dtype
 
 BLUR_RADIUS = 6  # so 13 taps
 ELASTIC_RADIUS = 20  # so 41 taps, as torchvision
@@ -73,6 +74,15 @@ def gaussian_matrix(S, sigma, radius):
     period = max(2 * S - 2, 1)
     source = (torch.arange(S, device=sigma.device)[:, None] + taps) % period  # (S, taps)
     source = torch.where(source < S, source, period - source)
-    n = len(sigma)
-    matrix = torch.zeros(n, S, S, device=sigma.device)
-    return matrix.scatter_add_(2, source.expand(n, -1, -1), weight[:, None].expand(-1, S, -1))
+    weight = weight[:, None].expand(-1, S, -1)  # (n, S, taps)
+    return weight.new_zeros(len(sigma), S, S).scatter_add_(2, source.expand_as(weight), weight)
+
+
+def transform_each(function, crops, seeds):
+    """Apply a function, on the CPU, to crops uint8 (..., 3, S, S); seeds torch's generator."""
+    result = crops.cpu().clone(memory_format=torch.contiguous_format)
+    with torch.random.fork_rng(devices=[]):
+        for x, seed in zip(result.flatten(0, -4), seeds.flatten().tolist()):
+            torch.default_generator.manual_seed(seed)  # manual_seed seeds all devices: slow
+            x.copy_(to_dtype(function(x), torch.uint8, scale=True))
+    return result.to(crops.device)

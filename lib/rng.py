@@ -10,7 +10,7 @@ import torch
 # fmt: off
 STREAMS = {  # what the numbers are for -> what is hashed; "+ i": one stream for each i
     # from a sample seed = sample_seeds(seed, epoch, index)
-    "global_crops": 0, "local_crops": 1, "augment": 2, "elastic": 3,
+    "global_crops": 0, "local_crops": 1, "augment": 2, "elastic": 3, "crop_transform": 4,
     "global_view": 10,  # + i
     "local_view": 12,   # + i, up to 80
     "perturbation": 20, "quarter_turn": 30,  # of evaluations

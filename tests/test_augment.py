@@ -355,6 +355,27 @@ def test_augment_views_gives_every_crop_random_numbers_of_its_own():
     assert len(alone) == 1
 
 
+def test_a_crop_transform_takes_random_numbers_of_the_sample_alone():
+    """Each crop has its own; neither the batch nor torch's generator plays a part."""
+    recipe = A.Recipe(crop_transform=T.RandomErasing(p=1.0))
+    images = torch.full((N, 3, S, S), 200, dtype=torch.uint8)
+    state = torch.get_rng_state()
+    got = A.augment(images, recipe, SEEDS)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(A.augment(images[2:4], recipe, SEEDS[2:4]), got[2:4])
+    assert got.flatten(1).unique(dim=0).shape[0] == N and (images == 200).all()
+
+
+def test_a_crop_transform_may_return_floats_and_change_its_input():
+    def negative(crop):
+        return 1 - crop.mul_(1).float() / 255
+
+    images = torch.randint(0, 256, (N, 3, S, S), dtype=torch.uint8)
+    got = A.augment(images, A.Recipe(crop_transform=negative), SEEDS)
+    assert_near(A.denormalize(got), 1 - images.float() / 255, atol=1 / 255)
+
+
 # --- as a GPU does it: by masks, one copy, one graph ----------------------------------------------
 
 ALL = A.RECIPES | A.PERTURBATIONS

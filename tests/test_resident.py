@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import CPU, HERE, TINY, tiny_config
+from torchvision.transforms.v2 import RandomErasing
 
 import augment
 import train
@@ -102,6 +103,27 @@ def test_sums_are_exact_so_no_batch_or_thread_changes_a_pixel(monkeypatch):
     resident._products(images, weights, weights)
     columns = images.permute(0, 3, 1, 2).double().flatten(2) - 128
     assert torch.equal(rounded[0].double(), weights[:, 0].double() @ columns)
+
+
+@pytest.mark.parametrize("local_crops", [0, 4])
+def test_crop_transforms_are_those_of_the_file_path(local_crops, monkeypatch):
+    """Resident or not, with loading processes or without: the same crops, all changed."""
+    images = shapes("train", 32, 60)
+    config = tiny_config(local_crops=local_crops)
+    off = replace(images, pixels=None)
+    plain = next(iter(data.train_loader(images, config, 2, 3, HERE)))
+    erased = augment.RECIPES["caug"]._replace(crop_transform=RandomErasing(p=1.0))
+    monkeypatch.setitem(augment.RECIPES, "caug", erased)
+    batches = []
+    for some, workers in ((images, 0), (off, 0), (off, 1)):
+        config = tiny_config(local_crops=local_crops, workers=workers)
+        batches.append(next(iter(data.train_loader(some, config, 2, 3, HERE))))
+    for batch in batches:
+        assert all(torch.equal(a, b) for a, b in zip(batch[:4], batches[0][:4]))
+    for crops, before in zip(batches[0][:2], plain[:2]):
+        assert crops.shape == before.shape
+        assert (crops != before).flatten(2).any(-1).all()
+    assert torch.equal(batches[0].seeds, plain.seeds)
 
 
 @pytest.mark.parametrize("local_crops", [0, 4])

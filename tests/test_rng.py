@@ -63,6 +63,7 @@ def test_streams_of_a_sample_seed_do_not_collide():
         sample_seeds(fork(seeds, "global_crops"), torch.arange(2)),
         sample_seeds(fork(seeds, "local_crops"), crops),
         *(fork(view, stream) for view in views for stream in ("augment", "elastic")),
+        *(fork(seeds, "crop_transform", kind, crops) for kind in range(2)),
         fork(seeds, "quarter_turn"),
         fork(seeds, "drop_path", index=torch.arange(2 + 80)),
     )

@@ -32,7 +32,17 @@ ROOMS = {
     "lib/__init__.py": (15, set()),
     "lib/config.py": (240, set()),
     "lib/rng.py": (60, set()),
-    "lib/data.py": (380, {"augment", "lib.images", "lib.processor", "lib.resident", "lib.sources"}),
+    "lib/data.py": (
+        380,
+        {
+            "augment",
+            "lib.images",
+            "lib.pixels",
+            "lib.processor",
+            "lib.resident",
+            "lib.sources",
+        },
+    ),
     "lib/shapes.py": (200, {"lib.images"}),
     "lib/fused.py": (130, {"losses", "lib.compiled"}),
     "lib/siamese.py": (30, set()),
