@@ -11,8 +11,8 @@ import os
 from lib.config import UsageError
 
 # beginnings of fields of the log, in this order
-DRAWN = ("loss", "L_", "knn", "rank", "view_share", "data_wait")
-STYLES = {"full": "-", "ir": "--", "ef": ":"}
+DRAWN = ("loss", "L_", "H_", "KL", "knn", "rank", "view_share", "data_wait")
+STYLES = {"full": ("-", "o"), "ir": ("--", "s"), "ef": (":", "^")}  # part: its line and marker
 
 
 def read_log(run):
@@ -44,7 +44,10 @@ def panels_of(logs):
 
 
 def draw(runs):
-    """Draw the logs of runs, a list of folders -> the picture's path, curves.png in the first."""
+    """Draw the logs of runs, a list of folders -> the picture's path in the first one's.
+
+    It is curves.png, or compared.png of several runs.
+    """
     logs = {run: read_log(run) for run in runs}
     panels = panels_of(logs)
     if not panels:
@@ -60,12 +63,14 @@ def draw(runs):
     for axes, (title, fields) in zip(all_axes, panels.items()):
         _draw_panel(axes, logs, fields)
         axes.set_title(title, fontsize=9, loc="left")
+        if title == "data_wait":
+            axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     for axes in all_axes[-2:]:
         axes.set_xlabel("epoch", fontsize=8)
-    path = os.path.join(runs[0], "curves.png")
+    path = os.path.join(runs[0], "curves.png" if len(runs) == 1 else "compared.png")
     figure.savefig(path, dpi=110)
     return path
 
@@ -77,9 +82,10 @@ def _draw_panel(axes, logs, fields):
             _, part = panel_and_part(field)
             names = [run] * (len(logs) > 1) + [part] * (len(fields) > 1)
             color = number if len(logs) > 1 else list(STYLES).index(part)
-            style = dict(color=f"C{color}", linestyle=STYLES[part])
+            line, marker = STYLES[part]
+            style = dict(color=f"C{color}", linestyle=line, markersize=4)
             if len(points) < 20:  # one has no line
-                style["marker"] = "."
+                style["marker"] = marker
             if points:
                 axes.plot(*zip(*points), label=" ".join(names), **style)
     if len(logs) > 1 or len(fields) > 1:

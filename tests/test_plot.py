@@ -31,8 +31,8 @@ def test_curves_are_drawn_into_the_first_runs_folder(tmp_path, capsys):
     lines = (ROOT / "results" / "collapse" / "ddcl" / "log.jsonl").read_text()
     (tmp_path / "log.jsonl").write_text(lines + '{"step": 2, "lo')  # a crash cut it short
     plot.main([str(tmp_path), *RUNS])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
-    assert min(Image.open(tmp_path / "curves.png").size) > 500
+    assert capsys.readouterr().out.strip() == str(tmp_path / "compared.png")
+    assert min(Image.open(tmp_path / "compared.png").size) > 500
 
 
 def test_what_is_missing_is_told_in_a_line(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Draw the log.jsonl of runs: loss terms, kNN, effective ranks, the time spent waiting for data.
 
     python tools/plot.py out/demo                  writes out/demo/curves.png
-    python tools/plot.py out/demo out/demo_dino    both in one picture, in the first one's folder
+    python tools/plot.py out/demo out/demo_dino    both in one picture, out/demo/compared.png
 
 A line style is a part of the representation, a color is a run; of a single run a part. Needs
 matplotlib.
