@@ -1,7 +1,7 @@
 """The log.jsonl of runs as a picture: loss terms, kNN, effective ranks, the wait for data.
 
-A line style is a part of the representation, a color is a run; of a single run a part. Needs
-matplotlib.
+The line style shows the part of the representation. The color shows the run; with a single run it
+shows the part. Needs matplotlib.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 
 from lib.config import UsageError
 
-# beginnings of fields of the log, in this order
+# prefixes of the log's fields, in this order
 DRAWN = ("loss", "L_", "knn", "rank", "view_share", "data_wait")
 STYLES = {"full": "-", "ir": "--", "ef": ":"}
 
@@ -78,7 +78,7 @@ def _draw_panel(axes, logs, fields):
             names = [run] * (len(logs) > 1) + [part] * (len(fields) > 1)
             color = number if len(logs) > 1 else list(STYLES).index(part)
             style = dict(color=f"C{color}", linestyle=STYLES[part])
-            if len(points) < 20:  # one has no line
+            if len(points) < 20:  # a single point draws no line
                 style["marker"] = "."
             if points:
                 axes.plot(*zip(*points), label=" ".join(names), **style)

@@ -91,7 +91,7 @@ def test_recorded_rows_are_rows():
 @pytest.mark.parametrize(
     "option, message",
     [
-        ("--rows=nothing", "there is no such row"),
+        ("--rows=nothing", "no such row"),
         ("--data=/nowhere", "no such folder"),
         ("--json=/nowhere/x.json", "does not exist"),
     ],

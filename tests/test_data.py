@@ -246,7 +246,7 @@ def test_folders(folder, tmp_path):
     [
         (lambda t: dict(data=str(t / "nowhere")), "no such folder"),
         (lambda t: dict(data="shape"), "did you mean 'shapes'"),
-        (lambda t: dict(data=str(t)), "no images in it"),
+        (lambda t: dict(data=str(t)), "holds no images"),
         (lambda t: (t / "train").mkdir() or dict(data=str(t)), "holds no class folders"),
         (
             lambda t: (t / "train" / "cat").mkdir(parents=True) or dict(data=str(t)),
@@ -283,7 +283,7 @@ def test_a_class_list_that_does_not_match_is_refused(folder, tmp_path):
     for content, message in (
         ("key\nzebra\n", "1 of the 2 classes .* such as zebra"),
         ("", "lists no class"),
-        ("key\nkey\n", "listed twice"),
+        ("key\nkey\n", "lists a class twice"),
     ):
         path.write_text(content)
         with pytest.raises(UsageError, match=message):

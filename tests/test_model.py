@@ -418,7 +418,7 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path, monkeypatch):
         "part without names": ({"teacher": torch.zeros(1)}, "no weights by name"),
         "not weights": ([1, 2], "holds a list"),
         "empty": ({}, "not the weights"),
-        "no such part": ({"teacher": vit}, "no part 'student'; there is teacher"),
+        "no such part": ({"teacher": vit}, "no part 'student'; give part='teacher'"),
         "other arch": (
             {"config": {"arch": "vit_tiny"}, "teacher": vit},
             "its config says vit_tiny",
