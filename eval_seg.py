@@ -45,7 +45,7 @@ class SegConfig(evaluation.EvalConfig):
     size: int = option(0, "shorter side in pixels; 0: the protocol's (davis 480; saliency the "
                        "image's own; shapes 4 img_size, at most 224)", 1, 2**16)
     pictures: int = option(8, "how many images or videos to draw", 0, 10**6)
-    n_last: int = option(7, "latest frames that give labels, plus the first", 0, 1000, group="davis")
+    n_last: int = option(7, "latest frames that give labels, and the first", 0, 1000, group="davis")
     radius: int = option(12, "how far a label may move, in patches", 0, 1000)
     topk: int = option(5, "most similar patches that give a patch its label", 1, 1000)
     temperature: float = option(0.1, "of the weights exp(cosine / temperature)", 1e-6, 100)

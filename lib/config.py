@@ -58,7 +58,8 @@ class Config:
     out_dim: int = option(65536, "prototypes K of the head (clever, dino)", 2, 2**24)
     out_dim_ef: int = option(0, "K of the ef head; 0: same as out_dim", 2, 2**24)
     head_hidden: int = option(2048, "width of the head's MLP", 1, 2**20)
-    head_bottleneck: int = option(256, "simsiam, ddcl: hidden width of the predictor", 1, 2**20)
+    head_bottleneck: int = option(256, "dimensions before the prototypes; simsiam, ddcl: in the "
+                                  "predictor", 1, 2**20)
     drop_path: float = option(0.1, "stochastic depth of the student; ViT and VMamba only", 0, 0.99)
     init_from: str = option("", "weight file to start a NEW schedule from: ours or third-party")
     alpha: float = option(1.0, "weight of L_CL", group="loss")
@@ -89,7 +90,7 @@ class Config:
     cache: str = option("auto", "auto: keep small images of one size (CIFAR) on the device; "
                         "ram: keep all decoded images in memory", choices=("auto", "ram", "off"))
     epochs: int = option(200, "passes over the training images", 1, 10**6, group="optimization")
-    max_steps: int = option(0, "stop after this many; scales all schedules; 0: off", 0, 10**9)
+    max_steps: int = option(0, "stop after so many, with all schedules scaled; 0: off", 0, 10**9)
     optimizer: str = option("adamw", "sgd: the paper's, with lr=1e-3", choices=("adamw", "sgd"))
     batch_size: int = option(512, "GLOBAL: all ranks and accumulation steps together", 1, 2**24)
     max_batch_per_gpu: int = option(128, "a rank with more images accumulates gradients", 1, 2**24)
@@ -109,7 +110,8 @@ class Config:
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")
     log_every: int = option(10, "steps between lines of log.jsonl", 1, 10**9)
-    eval_every: int = option(10, "epochs between kNN evaluations; 0: only at the end", 0, 10**6)
+    eval_every: int = option(10, "epochs between evaluations (kNN, collapse metrics); 0: at the end "
+                             "only", 0, 10**6)
     probe_at_end: bool = option(False, "finish with the table of kNN and ridge probes")
     save_every: int = option(0, "also save every so many steps; 0: off", 0, 10**9)
     save_every_epochs: int = option(1, "epochs between checkpoints; the end saves too", 1, 10**6)

@@ -78,7 +78,7 @@ def _draw_panel(axes, logs, fields):
             names = [run] * (len(logs) > 1) + [part] * (len(fields) > 1)
             color = number if len(logs) > 1 else list(STYLES).index(part)
             style = dict(color=f"C{color}", linestyle=STYLES[part])
-            if len(points) < 20:  # a single point draws no line
+            if len(points) < 20:  # a single point has no line
                 style["marker"] = "."
             if points:
                 axes.plot(*zip(*points), label=" ".join(names), **style)

@@ -208,7 +208,7 @@ def test_help_marks_what_the_config_file_sets(tmp_path, capsys):
     with pytest.raises(SystemExit):
         configure(Config, [str(tmp_path / "c.py"), "--help"], **CHOICES)
     text = capsys.readouterr().out
-    assert "\n* the config file's value, not the default\n" in text
+    assert "\n* set by the config file, not the default\n" in text
     assert "  --lr=0.1 * " in text and "  --blur=False * " in text
     assert "  --seed=0  " in text and text.count(" * ") == 2  # 0 is the default
 
