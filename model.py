@@ -232,7 +232,7 @@ def check_divisible(backbone, arch, **sides):
         if side % n:
             good = max(1, round(side / n)) * n
             what = f"{arch}'s {n}" if arch else f"patch_size={n}"
-            raise UsageError(f"{name}={side} is not a multiple of {what}; use {good}")
+            raise UsageError(f"{name}={side} is not a multiple of {what}: take {good}")
 
 
 class WeightNormLinear(nn.Module):

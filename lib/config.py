@@ -110,8 +110,8 @@ class Config:
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")
     log_every: int = option(10, "steps between lines of log.jsonl", 1, 10**9)
-    eval_every: int = option(10, "epochs between evaluations (kNN, collapse metrics); 0: at the end "
-                             "only", 0, 10**6)
+    eval_every: int = option(10, "epochs between evaluations (kNN, collapse metrics); 0: only at "
+                             "the end", 0, 10**6)
     probe_at_end: bool = option(False, "finish with the table of kNN and ridge probes")
     save_every: int = option(0, "also save every so many steps; 0: off", 0, 10**9)
     save_every_epochs: int = option(1, "epochs between checkpoints; the end saves too", 1, 10**6)

@@ -107,7 +107,7 @@ def test_the_verdict_follows_from_both_intervals(tmp_path, capsys, ours, verdict
 
 def test_what_is_missing_is_told_in_a_line(tmp_path):
     run = [f"--runs={tmp_path}"]
-    with pytest.raises(UsageError, match="holds no seed"):
+    with pytest.raises(UsageError, match="no seed"):
         evidence.main(run)
     write(tmp_path / "seed0", {("clever", "full"): 0.2}, 0)
     with pytest.raises(UsageError, match="no claim has both its sides"):

@@ -682,7 +682,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "weights of another backbone": (
         TRAIN,
         lambda t: [f"--init_from={stored(t / 'a.pt', dict(x=torch.zeros(2)))}"],
-        "not the weights of a backbone",
+        "not the weights of a known backbone",
     ),
     "a checkpoint with a payload": (
         TRAIN,
