@@ -80,7 +80,7 @@ def cub_archive(config, trained):
     """Take the unpacked archive of CUB-200-2011."""
     folder = config.data or os.path.join(config.data_root, "CUB_200_2011")
     if not os.path.exists(os.path.join(folder, "images.txt")):
-        raise UsageError(f"{folder}: no images.txt; give the unpacked archive of CUB as --data")
+        raise UsageError(f"{folder}: no images.txt of CUB; give the unpacked archive as --data")
     return folder, ""
 
 

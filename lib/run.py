@@ -211,7 +211,8 @@ def init_from(backbone, config):
         facts = dict(stem="imagenet") | facts  # older runs have no other
         there = ", ".join(f"{name}={facts[name]}" for name in names)
         here = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-        raise UsageError(f"init_from={config.init_from}: has {there}; this run {here}; set these")
+        fix = f"this run has {here}; set the same"
+        raise UsageError(f"init_from={config.init_from}: has {there}; {fix}")
     backbone.load_state_dict(state)
 
 

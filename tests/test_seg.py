@@ -451,7 +451,7 @@ def test_davis_from_its_folders(ckpt, tmp_path, capsys):
     )
     assert (
         "broken: skipped" in said
-        and "lost: skipped, holds no frames" in said
+        and "lost: skipped, has no frames" in said
         and "object 7 not in the first annotation" in said
     )
     assert "| clever, ef " in said and "J&F" in said
