@@ -105,7 +105,7 @@ class Config:
     device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto: bf16 if it is fast", choices=("auto", "bf16", "fp32"))
     fused: bool = option(True, "False: run the plain formulas of losses.py, to check them")
-    loss_chunk: int = option(0, "images whose logits are in memory; 0: automatic", 0, 2**24)
+    loss_chunk: int = option(0, "images with logits in memory at a time; 0: automatic", 0, 2**24)
     compile: bool = option(None, "torch.compile the backbone's blocks; None: only ViTs on a GPU")
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")

@@ -72,7 +72,7 @@ def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chun
 
 @functools.cache
 def check_term(term):
-    """Assert that a pair term maps each row to one number, and is linear if declared so."""
+    """Assert that a pair term maps each row by itself to a number, linearly if declared so."""
     generator = torch.Generator().manual_seed(0)
     q, r = (5 * torch.randn(2, 8, 16, generator=generator)).softmax(-1)
     s = 5 * torch.randn(8, 16, generator=generator)

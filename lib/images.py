@@ -50,7 +50,7 @@ def memory_images(pixels, labels, classes, name):
 
 
 def file_images(paths, labels, classes, fix=""):
-    """Return Images of files. fix: what to do if one does not exist, in a UsageError."""
+    """Return Images of files. With `fix`: UsageError with this advice if one is missing."""
     missing = [path for path in paths if not os.path.exists(path)] if fix else []
     if missing:
         n = f"{len(missing)} of {len(paths)}"

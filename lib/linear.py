@@ -43,7 +43,7 @@ class ClassifierConfig(EvalConfig):
                            group="classifiers")
     views: int = option(4, "fast: random crops of each image, for cached features", 1, 1000)
     lr: float = option(0.001, "per 256 images, as the scripts (paper's text: 0.002); linear: "
-                       "always reported, besides the chosen rate", 0, 100)
+                       "one of the rates to choose from, always reported", 0, 100)
     lrs: tuple = option((0.01, 0.05, 0.2, 1.0), "linear: more rates to choose from", 1e-9, 100)
     held_out: float = option(0.05, "linear: share of the training set that is held out to choose "
                              "the learning rate", 0.001, 0.9)

@@ -96,7 +96,7 @@ class Monitor:
 
         Log also before each checkpoint, so that a continued run logs the same averages, and before
         each evaluation. On a GPU a line is written when the next one is due, or before such a stop:
-        nothing else waits for the device. So too many skipped steps are noticed as late.
+        nothing else waits for the device. Too many skipped steps are noticed only then, too.
         """
         for name, value in logged.items():
             self.history[name].append(value)

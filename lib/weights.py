@@ -37,7 +37,7 @@ def load_backbone(path, part="teacher"):
         raise UsageError(f"{path}: {cause}; give another file")
     config = config if config.get("arch") == arch else dict(arch=arch, **facts)
     if config.get("method") in ("dino", "simsiam"):
-        config["ratio"] = 1.0  # they have no split, but older files say 0.8
+        config["ratio"] = 1.0  # they have no split, but older files may say 0.8
     backbone = build_backbone(arch, **facts)
     counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
@@ -82,7 +82,7 @@ def _backbone_weights(checkpoint, part, path):
 def _recognize(state, path, first):
     """Return the arch with these names and shapes, and build_backbone's options for it.
 
-    first: the arch to try first, because two archs may have the same.
+    first: the arch to try first, because two may have the same shapes.
     """
     shapes = {name: tuple(getattr(x, "shape", "-")) for name, x in state.items()}
     patch = shapes.get("patch_embed.proj.weight", ())  # (D, 3, P, P)
