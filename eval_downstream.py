@@ -6,7 +6,7 @@
     python eval_downstream.py --ckpt=out/in100_clever/ckpt.pt --task=rotation_sensitivity
 
 finetune (the authors' protocol): backbone and classifier together, SGD with momentum 0.9, lr 1e-3
-    per 256 images, weight decay 1e-4, 200 epochs of a cosine to 0; a network for each part.
+    per 256 images, weight decay 1e-4, 200 epochs, cosine to 0; one network for each part.
 linear: the probe of eval_linear.py on the task's images.
 A task is an entry of TASKS.
 """
@@ -39,18 +39,18 @@ class DownstreamConfig(linear.ClassifierConfig):
     """Options of eval_downstream.py: fine-tuning or linear probes on a task."""
 
     # fmt: off
-    data: str = option("", "images: semi: default the checkpoint's; rotation: pets; cub200: its "
-                       "archive; folder: any with train/CLASS and val/CLASS", group="data")
-    classes: str = option("", "list of class folders, or 'all'; semi: default the checkpoint's")
-    task: str = option("", "what is learned", group="task")
+    data: str = option("", "default: the checkpoint's (semi), pets (rotation); cub200: its "
+                       "unpacked archive; folder: with train/CLASS and val/CLASS", group="data")
+    classes: str = option("", "file of class names, or 'all'; semi: default the checkpoint's")
+    task: str = option("", "what to learn and test", group="task")
     subset_list: str = option("", "semi: file with one file name per line, as SimCLR's "
                               "imagenet_subsets/1percent.txt; default: a share of each class")
-    degrees: float = option(180, "rotation_invariance: -degrees .. degrees (the paper's range is "
-                            "lost in our copy)", 0, 180)
-    mode: str = option("", "default: linear for rotation", choices=("finetune", "linear"))
-    epochs: int = option(0, "0: the paper's, 200 fine-tuning, 100 linear", 1, 10**6)
+    degrees: float = option(180, "rotation_invariance: -degrees .. degrees (our copy of the paper "
+                            "lacks its range)", 0, 180)
+    mode: str = option("", "default: finetune; rotation: linear", choices=("finetune", "linear"))
+    epochs: int = option(0, "0: as the paper, 200 for finetune, 100 for linear", 1, 10**6)
     batch_size: int = option(256, "GLOBAL: of all ranks", 1, 2**24)
-    weight_decay: float = option(1e-4, "finetune", 0, 100)
+    weight_decay: float = option(1e-4, "of finetune", 0, 100)
     # fmt: on
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ def cub_archive(config, trained):
     """Take the unpacked archive of CUB-200-2011."""
     folder = config.data or os.path.join(config.data_root, "CUB_200_2011")
     if not os.path.exists(os.path.join(folder, "images.txt")):
-        raise UsageError(f"{folder}: not the unpacked archive CUB_200_2011; give it as --data")
+        raise UsageError(f"{folder}: no images.txt of CUB; give the unpacked archive as --data")
     return folder, ""
 
 
@@ -139,7 +139,7 @@ def flip_and_turn(crops, seeds):
 
 
 class Entry(NamedTuple):
-    """A task: which images, what is asked of them."""
+    """A task: its images and the question about them."""
 
     images: Callable  # (config, checkpoint's config) -> (data, classes) of data.labeled_splits
     options: tuple = ()  # those of TASK_OPTIONS that it reads
@@ -164,7 +164,7 @@ TASKS = {
 
 
 def open_task(config, trained, size):
-    """Open the images of config.task -> linear.Task; config.data, .classes become what they are.
+    """Open the images of config.task -> linear.Task. Sets config.data and .classes.
 
     trained: the config of the checkpoint's run. size: side of the crops.
     """
@@ -187,7 +187,7 @@ def open_task(config, trained, size):
 
 
 class Finetuned(nn.Module):
-    """A backbone of its own, one part of its features, a classifier: (B, 3, S, S) -> (B, C)."""
+    """A copy of a backbone, one part of its features, a classifier: (B, 3, S, S) -> (B, C)."""
 
     def __init__(self, model, part, config, n_classes, seed):
         super().__init__()

@@ -7,12 +7,12 @@
 
 paper: linear classifiers on new random crops in each epoch, tested on clean and perturbed images.
     One pass of the backbones over a batch serves all parts (full, ir, ef) and learning rates. A
-    slice of the training set, held out, chooses the learning rate after the last epoch. The
-    published scripts' fixed rate is reported as well.
+    held-out slice of the training set chooses the learning rate after the last epoch. The fixed
+    rate of the published scripts is reported as well.
 fast: the same on cached features of a few random crops of each image.
 ridge: kNN and ridge classifiers of class and rotation; view shares and the view's parameters
-    (lib/equivariance.py). Always with the untrained backbone as well. A row "ir[:d_ef]" has as many
-    dimensions as ef.
+    (lib/equivariance.py). The untrained backbone is always evaluated too. A row "ir[:d_ef]" has as
+    many dimensions as ef.
 
 Every number is appended to results.json beside the checkpoint, with its protocol.
 """
@@ -61,7 +61,7 @@ class LinearConfig(linear.ClassifierConfig):
     # fmt: off
     protocol: str = option("paper", "paper: new crops in each epoch; fast: cached features; ridge: "
                            "kNN and ridge", choices=("paper", "fast", "ridge"), group="classifiers")
-    tests: str = option(TESTS, "perturbations of the test images, of augment.PERTURBATIONS",
+    tests: str = option(TESTS, "perturbations of the test images, from augment.PERTURBATIONS",
                         group="probe")
     epochs: int = option(100, "passes over the training images", 1, 10**6)
     batch_size: int = option(512, "GLOBAL; the paper's 128 per GPU x 4", 1, 2**24)

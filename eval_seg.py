@@ -5,9 +5,9 @@
     python eval_seg.py --ckpt=... --image=photo.jpg                   one picture
     python eval_seg.py --ckpt=... --task=davis --data=DAVIS [--compare=dino.pt]
 
-Saliency is TokenCut's; davis carries the masks of a video's first frame through it by DINO's label
-propagation. Writes results.json, pictures/ and masks/ beside the checkpoint or in --out: indexed
-PNGs that DAVIS's own tool reads, saliency masks of 0 and 255.
+saliency: TokenCut. davis: DINO's label propagation carries the first frame's masks through a video.
+Writes results.json, pictures/ and masks/ beside the checkpoint or in --out. davis masks are indexed
+PNGs that DAVIS's own tool reads; saliency masks are 0 and 255.
 """
 
 import math
@@ -41,21 +41,21 @@ class SegConfig(evaluation.EvalConfig):
     data: str = option("shapes", "folder in a data set's layout; 'shapes': built in", group="data")
     task: str = option("saliency", "saliency by TokenCut; davis: label propagation",
                        choices=("saliency", "davis"), group="task")
-    image: str = option("", "saliency of this one file, instead of `data`")
+    image: str = option("", "saliency of this one file, instead of --data")
     size: int = option(0, "shorter side in pixels; 0: the protocol's (davis 480; saliency the "
                        "image's own; shapes 4 img_size, at most 224)", 1, 2**16)
-    pictures: int = option(8, "images or sequences to draw", 0, 10**6)
+    pictures: int = option(8, "how many images or videos to draw", 0, 10**6)
     n_last: int = option(7, "latest frames that give labels, and the first", 0, 1000, group="davis")
-    radius: int = option(12, "patches that a label may travel", 0, 1000)
-    topk: int = option(5, "patches that give a patch its label", 1, 1000)
-    temperature: float = option(0.1, "of their weights exp(cosine / temperature)", 1e-6, 100)
+    radius: int = option(12, "how far a label may move, in patches", 0, 1000)
+    topk: int = option(5, "most similar patches that give a patch its label", 1, 1000)
+    temperature: float = option(0.1, "of the weights exp(cosine / temperature)", 1e-6, 100)
     tau: float = option(0.2, "cosine above which patches are joined", -1, 1, group="saliency")
-    solver: bool = option(True, "also refine the masks by the bilateral solver")
+    solver: bool = option(True, "also refine the masks with the bilateral solver")
     arch, img_size = "", 0  # not options: the checkpoint's
 
     def __post_init__(self):
         if self.image and self.task == "davis":
-            raise UsageError(f"image={self.image}: one picture is for --task=saliency")
+            raise UsageError(f"image={self.image}: only for --task=saliency; remove it")
         if self.part and self.task == "saliency":
             raise UsageError(f"part={self.part}: TokenCut compares keys, not parts of z; remove it")
 # fmt: on
@@ -63,7 +63,7 @@ class SegConfig(evaluation.EvalConfig):
 # --- TokenCut -------------------------------------------------------------------------------------
 
 TO_YUV = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-WEAK = 1e-5  # weight of the edge between patches that are not alike: it keeps the graph connected
+WEAK = 1e-5  # weight of the edge between dissimilar patches: it keeps the graph connected
 
 
 def tokencut(features, tau=0.2):
@@ -72,7 +72,7 @@ def tokencut(features, tau=0.2):
     Patches whose cosine exceeds tau are joined (Wang et al. 2022). The second generalized
     eigenvector of that graph, (D - W) v = lambda D v with v' D v = 1, is cut at its mean. The patch
     with the largest |v| is the seed, its side is positive, its component there is the foreground.
-    Mask and vector are zero if all pairs are alike or none is: nothing to cut.
+    Mask and vector are zero if all pairs are joined or none is: nothing to cut.
     """
     _, h, w = features.shape
     unit = F.normalize(features.flatten(1).double(), dim=0)  # (dim, N)
@@ -327,7 +327,7 @@ FOLDERS = (  # of images and of masks; the second is ECSSD's
 
 
 class Unreadable(UsageError):
-    """A sequence has to be skipped."""
+    """A sequence that is skipped."""
 
 
 class Sequence(NamedTuple):
@@ -355,7 +355,7 @@ def read_mask(path):
         is_gray = file.mode in ("P", "L", "1", "I", "I;16")
         pixels = np.atleast_3d(file if is_gray else file.convert("RGB"))
     if (pixels != pixels[..., :1]).any():
-        raise UsageError(f"{path}: in color, so no mask; save it as an indexed (palette) PNG")
+        raise UsageError(f"{path}: a color image, not a mask; save it as an indexed (palette) PNG")
     return torch.from_numpy(pixels[..., 0].astype(np.uint8))
 
 
@@ -369,11 +369,11 @@ def davis_videos(folder):
     images = Path(folder, "JPEGImages", "480p")
     listed = Path(folder, "ImageSets", "2017", "val.txt")
     if not images.is_dir():
-        raise UsageError(f"data: no {images}; give the folder that holds DAVIS's JPEGImages")
+        raise UsageError(f"data={folder}: no folder JPEGImages/480p; give the folder of DAVIS")
     names = sorted(entry.name for entry in images.iterdir() if entry.is_dir())
     if listed.is_file():
         names = listed.read_text().split()
-        sources.check_inside(names, listed)  # masks will be written under these names
+        sources.check_inside(names, listed)  # masks are written under these names
     videos = []
     for name in names:
         files = image_files(images / name)
@@ -389,8 +389,8 @@ def saliency_photos(folder):
     pairs = [[subfolders.get(name.lower()) for name in pair] for pair in FOLDERS]
     images, masks = next(filter(all, pairs), (None, None))
     if not images:
-        known = ", ".join(f"{i}/ and {m}/" for i, m in FOLDERS)
-        raise UsageError(f"data={folder}: no images beside masks; name them {known}")
+        known = " or ".join(f"{i}/ and {m}/" for i, m in FOLDERS)
+        raise UsageError(f"data={folder}: no folders of images and masks; name them {known}")
     files, mask_files = image_files(images), image_files(masks)
     if images == masks:
         files = [file for file in files if file.suffix.lower() != ".png"]
@@ -415,7 +415,7 @@ def open_data(config):
     return [Sequence(f"shapes{i}", frames, *video) for i, video in enumerate(videos)]
 
 
-# --- pictures, and what both tasks work with ------------------------------------------------------
+# --- pictures, and what both tasks use ------------------------------------------------------------
 
 # DAVIS's and PASCAL's colors (256, 3): the bits of an object's number, three at a time from the
 # lowest, are the highest bits of red, green and blue
@@ -472,7 +472,7 @@ def feature_map(backbone, x, kind="tokens"):
     """Map x (1, 3, H, W) to (H / p, W / p, dim), p: the side of a patch, or 32.
 
     kind: a ViT's last block gives "tokens", "keys", or the CLS token's "attention" (dim: heads).
-    Any other backbone gives its last map before pooling; that is coarse, expect little of it.
+    Any other backbone gives its last map before pooling, which is coarse.
     """
     if hasattr(backbone, "tokens"):
         if kind == "attention":
@@ -488,7 +488,7 @@ def feature_map(backbone, x, kind="tokens"):
 
 
 class Setting:
-    """The models and where they run, the options, the folder for the results."""
+    """Models, device, options and the folder for the results."""
 
     def __init__(self, config):
         self.here, models, self.trained, _, self.out = evaluation.start(config)
@@ -500,7 +500,7 @@ class Setting:
         self.parts = {(row, part): slices[row][part] for row, part in chosen}  # columns of z
 
     def file(self, *names):
-        """Return a path in `out`, its folders made. A row may be called by its path: no slashes."""
+        """Return a path in `out`, its folders made. A row's name may be a path: no slashes."""
         path = Path(self.out, *(re.sub(r"[^\w.-]+", "_", name).strip("_.") for name in names))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -543,9 +543,9 @@ def evaluate(setting, sequences, test):
         for key, objects in found.items():
             scores[key] += objects
     if not n_done:
-        raise UsageError(f"{test}: not one of {len(sequences)} could be read")
+        raise UsageError(f"{test}: none of {len(sequences)} could be read; check the files")
     if n_unscored:
-        print(f"{n_unscored} of {n_done} have no truth to compare with: segmented, not measured")
+        print(f"{n_unscored} of {n_done} have no ground truth: segmented, not scored")
     details, totals = [], []
     for key, objects in scores.items():
         if config.task == "davis":
@@ -572,7 +572,7 @@ def find_object(setting, photo, draw):
         truth = truth > (127 if truth.max() > 1 else 0)  # of 0 and 1, or of 0 and 255
         if truth.shape != (H, W):
             h, w = truth.shape
-            tqdm.write(f"{photo.name}: mask of {w}x{h} resized to {W}x{H}, as the image")
+            tqdm.write(f"{photo.name}: mask of {w}x{h} resized to {W}x{H}, the image's size")
             truth = enlarge(truth, H, W) > 0.5
     sides = photo_sides(H, W, setting.config.size, setting.side)
     found, scores = {}, {}
@@ -580,9 +580,9 @@ def find_object(setting, photo, draw):
         keys = setting.feature_map(row, image, sides, "keys").permute(2, 0, 1)
         mask, vector = tokencut(keys, setting.config.tau)
         if not mask.any():
-            why = "its patches are all alike, or none is like another"
+            why = "all patches are alike, or no two are"
             why = why if mask.numel() > 1 else "the image is a single patch"
-            tqdm.write(f"{photo.name}: {row} finds no foreground in it, {why}")
+            tqdm.write(f"{photo.name}: {row} finds no foreground: {why}")
         maps = {"": enlarge(mask, H, W).cpu()}
         if setting.config.solver:
             maps[", solver"] = bilateral_solver(image, maps[""])
@@ -640,18 +640,18 @@ def follow(setting, video, draw):
         save_sheet(setting.file("pictures", f"davis_{video.name}.png"), list(strips.values()))
     later = ", ".join(map(str, sorted(seen - {0, 255, *numbers.flatten().tolist()})))
     if later:
-        tqdm.write(f"{video.name}: object {later} not in the first annotation: not followed")
+        tqdm.write(f"{video.name}: object {later} not in the first annotation: not tracked")
     n = last - 1 - max(map(len, scores.values()), default=0)
     if n > 0:
         missing = f"{n} of {last - 1} frames between first and last have no annotation"
-        tqdm.write(f"{video.name}: {missing}: segmented, not measured")
+        tqdm.write(f"{video.name}: {missing}: segmented, not scored")
     return {key: object_measures(video.name, torch.stack(jf, -1)) for key, jf in scores.items()}
 
 
 def first_objects(video):
     """Return the first frame's mask (H, W) and the object numbers (n, 1, 1) in it."""
     if not video.frames:
-        raise Unreadable("holds no frames")
+        raise Unreadable("has no frames")
     first = video.read(0)[1]
     if first is None:
         raise Unreadable(f"frame {video.frames[0]} has no annotation to start from")
@@ -694,7 +694,7 @@ def main(argv):
     began = time.perf_counter()
     config = configure(SegConfig, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("eval_seg.py is one process: start it with python, not torchrun")
+        raise UsageError("eval_seg.py runs as one process; start it with python, not torchrun")
     setting = Setting(config)
     here = setting.here
     if config.data == "shapes" and not config.image:
@@ -704,7 +704,7 @@ def main(argv):
     print(f"{config.task} of {test}, {' and '.join(setting.models)}, {where}", flush=True)
     details, rows = evaluate(setting, open_data(config), test)
     seconds = time.perf_counter() - began
-    print("", *(results.table_lines(rows) if rows else ["no truth, so no table"]), sep="\n")
+    print("", *(results.table_lines(rows) if rows else ["no ground truth, so no table"]), sep="\n")
     protocol = asdict(config) | dict(precision=here.precision)
     path = os.path.join(setting.out, "results.json")
     results.append_results(path, config.task, protocol, seconds, details + rows)

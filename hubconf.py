@@ -1,4 +1,4 @@
-"""torch.hub's entry: a trained backbone, without the rest of the project in one's way.
+"""torch.hub's entry point: load a trained backbone without the rest of the project.
 
 backbone = torch.hub.load("path/to/this/folder", "backbone", "out/demo/ckpt.pt", source="local")
 z_ir, z_ef = backbone.split(backbone(images))  # images: normalized (B, 3, H, W), see augment.py
@@ -11,7 +11,7 @@ dependencies = ["torch", "torchvision"]
 
 
 def backbone(path, part="teacher", ratio=None):
-    """Load the backbone of a weight file of ours or of others, in eval mode: (B, 3, H, W) -> z.
+    """Load the backbone of a weight file, ours or third-party, in eval mode: (B, 3, H, W) -> z.
 
     part: 'teacher' or 'student'. .split(z) cuts z (B, .dim) into z_ir, z_ef by the run's ratio,
     which a run's ckpt.pt knows, and backbone.pt beside its config.json; ratio: for other files.
@@ -21,12 +21,12 @@ def backbone(path, part="teacher", ratio=None):
     model, config = load_backbone(path, part)
     known = config.get("ratio", ratio)
     if ratio not in (None, known):
-        raise UsageError(f"ratio={ratio}: {path} was trained with ratio={known}")
+        raise UsageError(f"ratio={ratio}: {path} has ratio={known}; remove ratio")
 
     def split(z):
         if known is None:
             fix = "give ratio=0.8, or put its run's config.json beside it"
-            raise UsageError(f"{path} does not tell where z is split: {fix}")
+            raise UsageError(f"{path}: the ratio of its split is unknown; {fix}")
         return z.tensor_split([int(model.dim * known)], dim=-1)
 
     model.split, model.config = split, config

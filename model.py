@@ -1,4 +1,4 @@
-"""Backbones, the split of their output, the heads, and the network that student and teacher are."""
+"""Backbones, the split of their output, the heads, and the network of student and teacher."""
 
 import copy
 import functools
@@ -17,10 +17,10 @@ from vmamba import VMAMBAS, VMamba
 
 
 def ir_dims(dim, ratio):
-    """Return d_ir = int(dim * ratio), the dimensions of ir. All of them mean: no split."""
+    """Return d_ir = int(dim * ratio), the dimensions of ir. d_ir == dim means no split."""
     d_ir = int(dim * ratio)
     if not 0 < d_ir <= dim or (ratio < 1 and d_ir == dim):
-        raise UsageError(f"ratio={ratio} leaves one part of {dim} dimensions empty: try 0.8")
+        raise UsageError(f"ratio={ratio} leaves one part of {dim} dimensions empty; try 0.8")
     return d_ir
 
 
@@ -120,7 +120,7 @@ class ViT(nn.Module):
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
             scale = None if drop_path_scale is None else drop_path_scale[:, i]
-            only_cls = 1 if i == len(self.blocks) - 1 else None  # nothing else is used after it
+            only_cls = 1 if i == len(self.blocks) - 1 else None  # no other token is used after it
             x = block(x, scale, only_cls)
         return self.norm(x[:, 0])
 
@@ -168,7 +168,7 @@ def _vmamba(shape, img_size, patch_size, drop_path):
 def _resnet(name, img_size, patch_size, drop_path, stem="imagenet"):
     """Build torchvision's ResNet without fc; stem 'small': 3x3, stride 1, no pooling.
 
-    The small one is for 32 px, of which ImageNet's leaves one pixel (He et al. 2016, section 4.2).
+    The small stem is for 32 px: ImageNet's leaves a 1 x 1 map (He et al. 2016, section 4.2).
     """
     backbone = torchvision.models.get_model(name, weights=None)
     backbone.dim = backbone.fc.in_features
@@ -182,7 +182,7 @@ def _resnet(name, img_size, patch_size, drop_path, stem="imagenet"):
 
 
 RESNETS = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
-SMALL = 64  # pixels of a global crop's side up to which a ResNet has the small stem
+SMALL = 64  # up to this side of a global crop, a ResNet has the small stem
 BACKBONES = {  # name -> function(img_size, patch_size, drop_path); a new one is ONE entry
     **{name: functools.partial(ViT, *shape) for name, shape in VITS.items()},
     **{name: functools.partial(_vmamba, shape) for name, shape in VMAMBAS.items()},
@@ -200,7 +200,7 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0, stem="image
         near = did_you_mean(name, BACKBONES)
         raise UsageError(f"unknown backbone {name!r}{near}; choose from {', '.join(BACKBONES)}")
     if stem == "small" and name not in RESNETS:
-        raise UsageError(f"stem=small: {name} has no such stem, only ResNets have; remove --stem")
+        raise UsageError(f"stem=small: only for a ResNet, not for {name}; remove --stem")
     sizes = dict(img_size=img_size, patch_size=patch_size, drop_path=drop_path)
     backbone = BACKBONES[name](**sizes, **(dict(stem=stem) if name in RESNETS else {}))
     if not next(backbone.parameters()).is_meta:
@@ -210,7 +210,7 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0, stem="image
 
 @torch.no_grad()
 def check_contract(backbone, name):
-    """UsageError unless z is a function of x and the weights: a random teacher would be wrong."""
+    """Raise UsageError unless z depends on x and the weights only: no random teacher."""
     side = backbone.stride * math.ceil(32 / backbone.stride)
     x = torch.linspace(-1, 1, 6 * side**2).view(2, 3, side, side)
     trial = copy.deepcopy(backbone).train()  # a copy: batch norm's running means would move
@@ -221,12 +221,12 @@ def check_contract(backbone, name):
     if not same_state or not torch.equal(trial(x), trial(x)) or z.shape != (2, backbone.dim):
         raise UsageError(
             f"backbone {name} uses random numbers of its own, or its output is not (B, .dim): "
-            "switch off its dropout and stochastic depth where it is built"
+            "turn off its dropout and stochastic depth in model.py"
         )
 
 
 def check_divisible(backbone, arch, **sides):
-    """UsageError that names the option and the nearest good value, unless .stride divides each."""
+    """Raise UsageError with the option and the nearest good value unless .stride divides each."""
     n = backbone.stride
     for name, side in sides.items():
         if side % n:

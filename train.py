@@ -1,4 +1,4 @@
-"""Pre-train CLeVER, DINO, DDCL or SimSiam. lib/rundir.py says what a run writes into out_dir.
+"""Pre-train CLeVER, DINO, DDCL or SimSiam. lib/rundir.py lists the files of out_dir.
 
 python train.py configs/demo.py                                one process: CPU or one GPU
 torchrun --nproc_per_node=4 train.py configs/in100_clever.py   one process for each GPU
@@ -61,7 +61,7 @@ def distil(run, views, scale):
 
     # L_CL: ir agrees between the views of an image
     terms["L_CL"], means["ir"], entropy = head_loss("cross-entropy", "ir")
-    logged = {"H_ir": entropy, "KL": terms["L_CL"].detach() - entropy}  # KL: yet to be learned
+    logged = {"H_ir": entropy, "KL": terms["L_CL"].detach() - entropy}  # KL: still to learn
     # L_Orth: ef differs between them; L_PReg: and not because its head shrinks to nothing
     if student.ef is not None:
         terms["L_Orth"], means["ef"], logged["H_ef"] = head_loss(config.orth, "ef")
@@ -104,7 +104,7 @@ def backward(run, batch):
     logged, teacher_means = defaultdict(float), defaultdict(float)
     parts = data.split_batch(batch, config.max_batch_per_gpu)
     for i, part in enumerate(parts):
-        # crops -> augmented, normalized views; the paths that the student drops
+        # crops -> augmented, normalized views; which paths the student drops
         views = run.views(part)
         scale = run.drop_path_scales(part.seeds, views)
 
@@ -126,7 +126,7 @@ def backward(run, batch):
 
 
 def train_step(run, step, batch):
-    """Do one step on this rank's share, a data.Batch -> {name: 0-dim mean}, to log; never wait."""
+    """Do one step on this rank's share, a data.Batch -> {name: 0-dim mean} to log. Never waits."""
     config = run.config
     # schedules
     lr = learning_rate(step, config, run.schedule_epoch)
@@ -137,7 +137,7 @@ def train_step(run, step, batch):
         group["lr"] = lr
         group["weight_decay"] = decay if group["decays"] else 0.0
 
-    # gradients, each clipped by itself; the prototypes stand still at first
+    # gradients, each clipped by itself; the prototypes are frozen at first
     logged, teacher_means = backward(run, batch)
     is_finite = run.clip_gradients()
     if run.has_teacher and step < config.freeze_last_layer * run.schedule_epoch:
@@ -175,7 +175,7 @@ def main(argv):
     here = machine.join(config.device, config.precision)
     vmamba.set_backend(config.scan, here.device)
 
-    # whatever is wrong with the options or the data is found before anything is written
+    # errors in the options or the data are found before anything is written
     train_set, val_set = data.open_for_training(config, here)
     run = make_run(config, len(train_set) // config.batch_size, here)
     monitor = Monitor(run, train_set, val_set)

@@ -18,7 +18,7 @@ The scan:
     h_l = exp(dt_l A) h_{l-1} + dt_l B_l u_l
     y_l = C_l . h_l + D u_l
 
-`scan_loop` says just that and is the specification. `scan_torch` computes it in about 3 sqrt(L)
+`scan_loop` computes just that: the specification. `scan_torch` computes it in about 3 sqrt(L)
 large operations instead of L small ones. `scan_triton` (lib/scan_triton.py) runs it on a GPU.
 """
 
@@ -194,7 +194,7 @@ def set_backend(name, device=CPU):
 def choose_backend(device, backend=None):
     """Return the backend for this torch.device. UsageError for one that does not run there."""
     fastest = "triton" if device.type == "cuda" and available(device) else "torch"
-    # a default gives way: a network is checked on the CPU before it moves to the GPU
+    # the default may differ: a network is checked on the CPU before it moves to the GPU
     gives_way = default_backend == "triton" and not available(device)
     backend = backend or (None if gives_way else default_backend) or fastest
     if backend not in BACKENDS:
@@ -224,7 +224,7 @@ def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
 
 
 def keep_out_of_graphs():
-    """Make torch.compile leave the scans alone: a graph of hundreds of steps gains nothing."""
+    """Exclude the scans from torch.compile: a graph of hundreds of steps gains nothing."""
     for name in ("scan_loop", "scan_torch", "scan_triton"):
         globals()[name] = torch.compiler.disable(globals()[name])
 
@@ -237,7 +237,7 @@ RECOMPUTES = {"cuda"}  # devices where backward computes cheap parts again: half
 def recomputed(function, x):
     """Return function(x). On a device of RECOMPUTES its insides are not saved for backward.
 
-    Up to the input of the last operation they are computed again. A compiled graph does so itself.
+    Backward computes all but the last operation again. A compiled graph does so itself.
     """
     is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if is_eager and x.device.type in RECOMPUTES:
@@ -257,7 +257,7 @@ def cross_scan(x):
 
 
 def cross_merge(y, H, W):
-    """Put y (4, B, H*W, C), each direction in its own order, on a map; sum: (B, H, W, C)."""
+    """Put y (4, B, H*W, C), each direction in its own order, on a map and add: (B, H, W, C)."""
     by_rows = y[0] + y[2].flip(1)
     by_columns = y[1] + y[3].flip(1)
     return by_rows.unflatten(1, (H, W)) + by_columns.unflatten(1, (W, H)).transpose(1, 2)
@@ -357,7 +357,7 @@ class VSSBlock(nn.Module):
 
 
 class _Permute(nn.Module):
-    """(B, C, H, W) -> (B, H, W, C) or back: a view, for the memory is channels-last."""
+    """(B, C, H, W) -> (B, H, W, C) or back: a view, because the memory is channels-last."""
 
     def __init__(self, *order):
         super().__init__()

@@ -1,10 +1,10 @@
-"""The rooms behind the scripts: what one trusts. What one reads lies beside this folder.
+"""The modules behind the scripts. The files to read first are beside this folder.
 
-Import one before torch (pyproject.toml sorts them so): how OpenMP's threads wait is read when torch
-is loaded. By default they spin for long at the end of each operation, and where another process
-wants the core, one spinning thread keeps all others from working: a step then takes ten times as
-long. PASSIVE with a spin count: they look 2,000 times (some microseconds, most operations end
-within it), then they sleep. Ranks and loading workers inherit it.
+Import lib before torch (pyproject.toml sorts imports so). torch reads how OpenMP's threads wait
+when it is loaded. By default they spin for a long time at the end of each operation. If another
+process needs the core, one spinning thread blocks all others, and a step takes ten times as long.
+PASSIVE with a spin count: they check 2,000 times (some microseconds, enough for most operations),
+then they sleep. Ranks and loading workers inherit this.
 """
 
 import os

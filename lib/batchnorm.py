@@ -1,7 +1,7 @@
 """Batch norm over the images of all ranks; each rank holds equally many.
 
-torch's SyncBatchNorm has no form for CPUs. On a GPU it allows for other numbers of images on each
-rank and for that waits for the device in every layer.
+torch's SyncBatchNorm does not run on CPUs. On a GPU it allows a different number of images on each
+rank, and for that it waits for the device in every layer.
 """
 
 import torch
@@ -86,7 +86,7 @@ def _sums(dy, x, mean, invstd, weight):
 
 
 def _gradient(dy, x, mean, invstd, weight, sum_dy, sum_dy_x):
-    """Return dL/dx: a channel's dy less its mean and its part along x - mean, times its scale."""
+    """Return dL/dx: a channel's dy minus its mean and its part along x - mean, times its scale."""
     ranks = dist.get_world_size()
     n = x.numel() // x.shape[1]
     if x.is_cuda:

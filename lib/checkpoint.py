@@ -1,4 +1,4 @@
-"""Files of tensors that survive whatever happens: written whole or not at all, read with care."""
+"""Checkpoint files: written whole or not at all; checked before they are read."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ CHECKPOINT, PREVIOUS = "ckpt.pt", "ckpt.prev.pt"  # of a run, and the one before
 
 
 class Damaged(UsageError):
-    """A file whose content is not what was written."""
+    """The content of a file is not what was written."""
 
 
 def save_atomically(obj, path, previous=""):
@@ -37,7 +37,7 @@ def save_atomically(obj, path, previous=""):
         with contextlib.suppress(OSError):
             os.remove(f"{path}.partial")  # it may be what fills the disk
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch hides it behind its own "unexpected pos"
+            raise error.__context__ from None  # torch hides it behind "unexpected pos"
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)  # the rename itself must reach the disk
@@ -45,7 +45,7 @@ def save_atomically(obj, path, previous=""):
 
 
 def _link(path, other):
-    """Let `other` name the file of `path` too; some file systems have no links: then move it."""
+    """Give the file of `path` a second name, `other`; on a file system without links, move it."""
     partial = f"{other}.partial"
     with contextlib.suppress(FileNotFoundError):
         os.remove(partial)
@@ -64,10 +64,10 @@ def to_host(obj, copy):
 
 
 def read_checkpoint(path):
-    """Load tensors and plain types; UsageError for anything else, so that no file can run code.
+    """Load tensors and plain types. UsageError for anything else: no file can run code.
 
-    Damaged, if a checksum is wrong: torch does not look at them. Files from before PyTorch 1.6 have
-    none.
+    Damaged if a checksum is wrong; torch does not check them. Files from before PyTorch 1.6 have no
+    checksums.
     """
     allowed = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]  # DINO's, VMamba's
     try:
@@ -80,7 +80,8 @@ def read_checkpoint(path):
         cause = "not a checkpoint; give a run's ckpt.pt or backbone.pt, or published weights"
         with open(path, "rb") as file:
             if file.read(1) in (b"P", b"\x80"):  # torch's zip, or a pickle
-                cause = "refused, for it could run code; give one that weights_only=True reads"
+                cause = "refused, because it could run code; "
+                cause += "give a file that torch.load(weights_only=True) reads"
     except Damaged as error:
         raise Damaged(f"{path}: {error}; copy it again{_or_the_one_before(path)}") from None
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
@@ -90,27 +91,27 @@ def read_checkpoint(path):
 
 
 def check_sums(path):
-    """Damaged if a member of torch's zip archive has another checksum than the archive tells."""
+    """Raise Damaged if a member of torch's zip archive does not match its checksum."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # an older pickle, or none of torch's
             return
         try:
             with zipfile.ZipFile(file) as archive:
                 wrong = archive.testzip()
-        except Exception as error:  # a flipped bit leads anywhere
+        except Exception as error:  # a flipped bit can raise anything
             raise Damaged(f"damaged ({type(error).__name__})") from None
     if wrong:
         raise Damaged(f"damaged, {wrong} has a wrong checksum")
 
 
 def _or_the_one_before(path):
-    """Return a hint at the previous checkpoint beside path, if there is one."""
+    """Return a hint to use the previous checkpoint beside path, if there is one."""
     previous = Path(path).with_name(PREVIOUS)
     return f", or use {previous}" if Path(path).name == CHECKPOINT and previous.exists() else ""
 
 
 def digest_of_weights(module):
-    """Return eight letters that tell these weights from others."""
+    """Return eight hex digits that identify these weights."""
     return digest(x.cpu().contiguous().numpy().tobytes() for x in module.state_dict().values())
 
 

@@ -1,4 +1,4 @@
-"""Has a run collapsed? Numbers that tell, and plain words for them."""
+"""Has a run collapsed? Metrics, and warnings in plain words."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ import losses
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def metrics(run, batch):
-    """Look at what the heads make of two views of the run's first batch -> {name: number}.
+    """Measure the heads' outputs for two views of the run's first batch -> {name: number}.
 
     norm_*: of a head's parameters. std_proj_*, rank_proj_*: features.std_and_rank of its output
     (in front of prototypes). cos_*: mean |cosine| of two views' outputs. dot_ef: mean |product| of
@@ -62,10 +62,10 @@ def _frozen(backbone, images, here):
 
 
 def share_of_lengths(first, now):
-    """Return what share of dot_ef's fall the fall of lengths_ef explains, in logarithms.
+    """Return how much of the decrease of dot_ef the decrease of lengths_ef explains, in logarithms.
 
     0: the vectors have only rotated; 1: only shrunk; above 1: shrunk and rotated together.
-    nan: dot_ef has not fallen. first, now: of metrics.
+    nan: dot_ef has not decreased. first, now: from metrics.
     """
     fall = {}
     for name in ("dot_ef", "lengths_ef"):
@@ -74,18 +74,18 @@ def share_of_lengths(first, now):
 
 
 def warnings(numbers, config):
-    """Yield plain words for numbers (last logged and evaluated) that mean a collapse."""
+    """Yield a warning for each sign of collapse in numbers (last logged and evaluated)."""
     fixes = {
         "ir": "lower teacher_temp or lr, or train longer",
-        "ef": "that alone brings L_Orth down to 1/K, and ef learns little from it; raise beta or "
-        "lower lambda_preg",
+        "ef": "this alone lowers L_Orth to 1/K, so ef learns little; raise beta or lower "
+        "lambda_preg",
     }
     prototypes = {"ir": config.out_dim, "ef": config.out_dim_ef}
     for head, K in prototypes.items():
         entropy = numbers.get(f"H_{head}", 0)
         if entropy > 0.99 * math.log(K):
             yield (
-                f"the teacher's {head} output is all but uniform (entropy {entropy:.3f} of ln K = "
+                f"the teacher's {head} output is almost uniform (entropy {entropy:.3f} of ln K = "
                 f"{math.log(K):.3f}): {fixes[head]}"
             )
     for part in ("full", "ir", "ef"):
@@ -93,7 +93,7 @@ def warnings(numbers, config):
         if std < 0.05 or rank < 1.02:
             yield (
                 f"the representation's {part} part has collapsed (std {std:.3f}, effective rank "
-                f"{rank:.1f}): lower lr, raise the batch size or the warm-up"
+                f"{rank:.1f}): lower lr, or raise batch_size or warmup_epochs"
             )
     # norms without the fixed gains of a prototype head, 1 each
     gains = {head: K if f"H_{head}" in numbers else 0 for head, K in prototypes.items()}

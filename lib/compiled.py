@@ -1,6 +1,6 @@
-"""What torch.compile compiles: a backbone's blocks; on a GPU the losses' and the views' operations.
+"""What torch.compile compiles: a backbone's blocks; on a GPU also the losses and the views.
 
-Where it fails, the same functions run eagerly, and a line says why.
+If it fails, the same functions run eagerly, and a printed line gives the reason.
 """
 
 import functools
@@ -15,7 +15,7 @@ from lib.config import UsageError
 import torch
 
 COMPILERS = {"cuda": "inductor"}  # device -> torch.compile's backend of functions; none: eager
-EAGER = set()  # what failed to compile, "losses" or "views", and is eager since
+EAGER = set()  # what failed to compile and now runs eagerly: "losses", "views"
 
 
 def run_compiled(what, function, images, *arguments, **options):
@@ -30,7 +30,7 @@ def run_compiled(what, function, images, *arguments, **options):
 
 
 def or_eagerly(what, device, compute):
-    """Return compute(). If it fails and `what` is compiled, `what` is eager from now on: again."""
+    """Return compute(). If compiled `what` fails, make `what` eager from now on and try again."""
     try:
         return compute()
     except Exception as error:
@@ -79,9 +79,9 @@ def compile_blocks(networks, wanted, device):
     if wanted is None:
         fall_back_to_eager(True)
     torch._dynamo.config.recompile_limit = 64  # a ViT's blocks share six graphs
-    # In DistributedDataParallel, dynamo splits each graph where 1 MB of gradients is ready, then at
-    # each 25 MB, so that ranks can exchange those while the rest computes. A block is a graph of
-    # its own: its gradients are exchanged after it as it is, and the cut would only undo fusions.
+    # Under DistributedDataParallel dynamo splits a graph where 1 MB of gradients is ready, then at
+    # each 25 MB, so that ranks exchange them while the rest computes. Here each block is a graph
+    # of its own and is exchanged after it is done: a split would only undo fusions.
     torch._dynamo.config.optimize_ddp = False
     for net in networks:
         getattr(net.backbone, "keep_scans_out_of_graphs", lambda: None)()
@@ -91,21 +91,21 @@ def compile_blocks(networks, wanted, device):
 
 
 def fall_back_to_eager(wanted):
-    """Fall back to eager when a block fails to compile: what nobody asked for ends no run.
+    """Fall back to eager when a block fails to compile: automatic compiling must not end a run.
 
-    torch warns of each such block on the screen.
+    torch prints a warning for each such block.
     """
     torch._dynamo.config.suppress_errors = wanted
     torch._functorch.config.force_non_lazy_backward_lowering = wanted  # so the backward fails now
 
 
 def trial_on_all_ranks(device):
-    """Return why a rank cannot compile for its device and what to do, in one line; "": all can."""
+    """Return in one line why a rank cannot compile and what to do; "" if all ranks can."""
     cause = why_not(device)
     if machine.rank_and_world()[1] > 1:
         failures = machine.mean_over_ranks(torch.tensor(float(cause != ""), device=device))
         if failures > 0 and not cause:
-            return "another rank cannot compile; give all machines the same software"
+            return "another rank cannot compile; install the same software on all machines"
     return cause
 
 
@@ -120,7 +120,7 @@ def why_not(device):
     try:
         fall_back_to_eager(False)
         result = torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-        return "" if result.sum() == 16 else "a trial kernel computes nonsense; update the driver"
+        return "" if result.sum() == 16 else "a trial kernel is wrong; update the GPU driver"
     except Exception as error:
         compilers = [os.environ.get("CC"), "gcc", "clang"]
         if not any(shutil.which(name) for name in compilers if name):
@@ -129,4 +129,4 @@ def why_not(device):
         if not os.path.exists(os.path.join(headers, "Python.h")):
             return "no Python.h; install python3-dev"
         why = _one_line(error)
-        return f"{type(error).__name__}: {why}; TORCH_LOGS=+inductor shows more"
+        return f"{type(error).__name__}: {why}; set TORCH_LOGS=+inductor for details"

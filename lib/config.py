@@ -25,8 +25,8 @@ class UsageError(ValueError):
 def option(default, help, low=-math.inf, high=math.inf, choices=None, group=None):
     """Declare an option: a dataclass field with bounds (included), choices and help.
 
-    A default may lie outside of them: it then means "find out".
-    group: the heading of --help for this option and those after it.
+    A default may lie outside of the bounds: it then means "automatic".
+    group: the heading in --help, for this option and the ones after it.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, group=group)
     return dataclasses.field(default=default, metadata=metadata)
@@ -40,9 +40,9 @@ SYNONYMS = {"data_path": "data", "dataset": "data", "data_dir": "data_root", "mo
             "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "num_workers": "workers",
             "batch_size_per_gpu": "batch_size", "local_crops_number": "local_crops",
             "momentum_teacher": "teacher_momentum", "use_fp16": "precision", "amp": "precision"}
-NOT_OPTIONS = {"revision", "device", "workers"}  # of config.json: facts of that run's machine
-MUST_BE = {bool: "True or False", int: "of type int", float: "of type float, and finite",
-           str: "of type str", tuple: "several values, as 0.1,0.2; write a single one as 0.1,"}
+NOT_OPTIONS = {"revision", "device", "workers"}  # config.json: about that run's machine
+MUST_BE = {bool: "True or False", int: "of type int", float: "of type float and finite",
+           str: "of type str", tuple: "a list of numbers, as 0.1,0.2; a list of one number: 0.1,"}
 
 
 @dataclass
@@ -52,67 +52,69 @@ class Config:
     method: str = option("clever", "dino: no split; ddcl, simsiam: no teacher", group="network")
     arch: str = option("vit_small", "backbone")
     patch_size: int = option(16, "side of a patch in pixels, ViT only", 1, 1024)
-    stem: str = option("auto", "of a ResNet; small: 3x3, stride 1, no pooling, as is usual on "
+    stem: str = option("auto", "ResNet only; small: 3x3, stride 1, no pooling, as is usual for "
                        "CIFAR; auto: small up to 64 px", choices=("auto", "imagenet", "small"))
     ratio: float = option(0.8, "ir's share of the dimensions, ef has the rest", 0.001, 0.999)
     out_dim: int = option(65536, "prototypes K of the head (clever, dino)", 2, 2**24)
     out_dim_ef: int = option(0, "K of the ef head; 0: same as out_dim", 2, 2**24)
     head_hidden: int = option(2048, "width of the head's MLP", 1, 2**20)
-    head_bottleneck: int = option(256, "before the prototypes; simsiam, ddcl: predictor", 1, 2**20)
+    head_bottleneck: int = option(256, "dimensions before the prototypes; simsiam, ddcl: in the "
+                                  "predictor", 1, 2**20)
     drop_path: float = option(0.1, "stochastic depth of the student; ViT and VMamba only", 0, 0.99)
     init_from: str = option("", "weight file to start a NEW schedule from: ours or third-party")
     alpha: float = option(1.0, "weight of L_CL", group="loss")
     beta: float = option(1.0, "weight of L_Orth")
     lambda_preg: float = option(0.001, "weight of L_PReg (paper's best: 0.001)", 0)
-    orth: str = option("cosine", "L_Orth: 'cosine' made the published tables, 'dot' is the text's")
+    orth: str = option("cosine", "L_Orth; cosine: the published tables; dot: the paper's text")
     student_temp: float = option(0.1, "temperature of the student's softmax", 1e-6, 100)
-    teacher_temp: float = option(0.04, "of the teacher's softmax, after the warm-up", 1e-6, 100)
-    teacher_temp_start: float = option(0.04, "linear warm-up from here ...", 1e-6, 100)
-    teacher_temp_epochs: int = option(0, "... over this many epochs", 0, 10**6)
+    teacher_temp: float = option(0.04, "the same of the teacher, after its warm-up", 1e-6, 100)
+    teacher_temp_start: float = option(0.04, "its linear warm-up starts here ...", 1e-6, 100)
+    teacher_temp_epochs: int = option(0, "... and takes this many epochs; 0: none", 0, 10**6)
     center_momentum: float = option(0.9, "EMA of the teacher's mean logits", 0, 1)
-    teacher_momentum: float = option(0.996, "EMA; a cosine takes it to 1; small data: 0.99", 0, 1)
+    teacher_momentum: float = option(0.996, "EMA; a cosine raises it to 1; small data: 0.99", 0, 1)
     recipe: str = option("caug", "baug: DINO's; caug: + rotation; caug+: + elastic", group="views")
     img_size: int = option(224, "side of a global crop", 8, 4096)
     local_size: int = option(96, "side of a local crop", 8, 4096)
     local_crops: int = option(8, "local crops per image", 0, 80)
-    global_scale: tuple = option((0.4, 1.0), "share of the image's area that a crop covers")
+    global_scale: tuple = option((0.4, 1.0), "low,high: a crop's share of the image's area")
     local_scale: tuple = option((0.05, 0.4), "the same for local crops")
     blur: bool = option(True, "False: no blur (images of 64 px and less have no detail to lose)")
     solarize: bool = option(True, "False: no solarization")
     data: str = option("shapes", "'shapes' (built in), cifar10 cifar100 stl10 flowers102 food101 "
                        "pets, or a folder: train/CLASS/*, or any tree of images", group="data")
     data_root: str = option("data", "folder of torchvision's data sets")
-    download: bool = option(False, "fetch a torchvision data set that is not there")
+    download: bool = option(False, "download a torchvision data set that is missing")
     classes: str = option("", "file with one class (folder) name per line: use only these")
     workers: int = option(None, "loading processes per rank; None: this machine's cores per rank, "
                           "less one, at most 16", 0, 512)
-    cache: str = option("auto", "auto: small images of one size live on the device, as shapes and "
-                        "CIFAR; ram: all decoded images in memory", choices=("auto", "ram", "off"))
+    cache: str = option("auto", "auto: keep small images of one size (CIFAR) on the device; "
+                        "ram: keep all decoded images in memory", choices=("auto", "ram", "off"))
     epochs: int = option(200, "passes over the training images", 1, 10**6, group="optimization")
-    max_steps: int = option(0, "end after so many, schedules scaled to them; 0: off", 0, 10**9)
+    max_steps: int = option(0, "stop after so many, with all schedules scaled; 0: off", 0, 10**9)
     optimizer: str = option("adamw", "sgd: the paper's, with lr=1e-3", choices=("adamw", "sgd"))
-    batch_size: int = option(512, "GLOBAL: of all ranks and accumulation steps", 1, 2**24)
+    batch_size: int = option(512, "GLOBAL: all ranks and accumulation steps together", 1, 2**24)
     max_batch_per_gpu: int = option(128, "a rank with more images accumulates gradients", 1, 2**24)
-    lr: float = option(5e-4, "per 256 images of batch_size (linear scaling)", 0, 100)
-    min_lr: float = option(1e-6, "at the last step; not scaled", 0, 100)
+    lr: float = option(5e-4, "peak, per 256 images of batch_size (linear scaling)", 0, 100)
+    min_lr: float = option(1e-6, "learning rate at the last step; not scaled", 0, 100)
     warmup_epochs: float = option(10, "linear warm-up of the learning rate", 0, 10**6)
-    weight_decay: float = option(0.04, "at the first step; a cosine takes it ...", 0, 100)
-    weight_decay_end: float = option(0.4, "... to this; never on biases and norms", 0, 100)
+    weight_decay: float = option(0.04, "at the first step; a cosine changes it ...", 0, 100)
+    weight_decay_end: float = option(0.4, "... to this; not applied to biases and norms", 0, 100)
     clip_grad: float = option(3.0, "largest norm of each parameter's own gradient; 0: off", 0)
     freeze_last_layer: float = option(1, "epochs without an update of the prototypes", 0, 10**6)
     seed: int = option(0, "of every random number", 0, 2**31, group="machine")
     device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto: bf16 if it is fast", choices=("auto", "bf16", "fp32"))
-    fused: bool = option(True, "False: run the plain formulas of losses.py, for reading, checking")
+    fused: bool = option(True, "False: run the plain formulas of losses.py, to check them")
     loss_chunk: int = option(0, "images with logits in memory at a time; 0: automatic", 0, 2**24)
     compile: bool = option(None, "torch.compile the backbone's blocks; None: only ViTs on a GPU")
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")
     log_every: int = option(10, "steps between lines of log.jsonl", 1, 10**9)
-    eval_every: int = option(10, "epochs between kNN and collapse metrics; 0: at the end", 0, 10**6)
+    eval_every: int = option(10, "epochs between evaluations (kNN, collapse metrics); 0: only at "
+                             "the end", 0, 10**6)
     probe_at_end: bool = option(False, "finish with the table of kNN and ridge probes")
-    save_every: int = option(0, "steps between checkpoints, besides those of epochs", 0, 10**9)
-    save_every_epochs: int = option(1, "epochs between checkpoints; the end has one", 1, 10**6)
+    save_every: int = option(0, "also save every so many steps; 0: off", 0, 10**9)
+    save_every_epochs: int = option(1, "epochs between checkpoints; the end saves too", 1, 10**6)
     tensorboard: bool = option(False, "also log to TensorBoard, in out_dir")
     wandb: str = option("", "also log to this project of Weights & Biases")
 
@@ -121,7 +123,7 @@ class Config:
         for name, scale in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
             numbers = [x for x in scale if type(x) in (int, float)]
             if len(scale) != 2 or len(numbers) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-                raise UsageError(f"{name}={scale!r:.60}: must be two shares, 0 < low <= high <= 1")
+                raise UsageError(f"{name}={scale!r:.60}: must be low,high; 0 < low <= high <= 1")
 # fmt: on
 
 
@@ -144,14 +146,14 @@ def configure(cls, argv, **choices):
         field = None if name == "config" else _field(cls, name)
         text = text if equals else next(rest, "--")
         if not equals and text.startswith("--"):
-            raise UsageError(f"{arg}: write it --{name}=value")
+            raise UsageError(f"{arg}: has no value; write --{name}=value")
         if field:
             given[name] = _parse(field, text)
         else:
             files.append(text)
     if len(files) > 1:
         both = " and ".join(files[:2])
-        raise UsageError(f"{both}: one config file per run; the rest by --key=value")
+        raise UsageError(f"{both}: give one config file; write all else as --key=value")
     config = cls(**{**(_read_file(cls, files[0]) if files else {}), **given})
     check(config, **choices)
     return config
@@ -198,7 +200,7 @@ def help_text(cls, from_file=(), **choices):
         groups.setdefault(group, ["", group]).append(line)
     usage = "Usage: [config.py | --config=out/x/config.json] [--key=value | --key value ...]"
     about = [inspect.cleandoc(cls.__doc__), usage]
-    about += ["* the config file's value, not the default"] if from_file else []
+    about += ["* set by the config file, not the default"] if from_file else []
     return "\n".join(itertools.chain(about, *groups.values()))
 
 
@@ -207,7 +209,7 @@ def _field(cls, name):
     if name not in fields:
         new = RENAMED.get(name) or SYNONYMS.get(name.replace("-", "_").lower())
         hint = f" (did you mean {new!r}?)" if new in fields else did_you_mean(name, fields)
-        raise UsageError(f"unknown option {name!r:.60}{hint}; --help lists them all")
+        raise UsageError(f"unknown option {name!r:.60}{hint}; --help lists all options")
     return fields[name]
 
 
@@ -221,9 +223,9 @@ def _parse(field, text):
 
 
 def _typed(field, value):
-    """Return value as the option's type: an int serves as a float, a list as a tuple, no more."""
+    """Return value as the option's type. Converts int to float and list to tuple, nothing else."""
     kind = field.type
-    if value is None and field.default is None:  # "find out"
+    if value is None and field.default is None:  # "automatic"
         return None
     if type(value) is int and abs(value) >= 2**63:  # torch has no such number
         value = math.inf
@@ -242,7 +244,7 @@ def _read_file(cls, path):
     if not path.endswith((".py", ".json")):
         raise UsageError(f"{path}: neither a config file (.py, .json) nor --key=value")
     if not os.path.isfile(path):
-        raise UsageError(f"{path}: No such file; configs/ holds the ready ones")
+        raise UsageError(f"{path}: No such file; ready config files are in configs/")
     try:
         if path.endswith(".py"):
             names = runpy.run_path(path)

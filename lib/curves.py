@@ -10,7 +10,7 @@ import os
 
 from lib.config import UsageError
 
-# beginnings of fields of the log, in this order
+# prefixes of the log's fields, in this order
 DRAWN = ("loss", "L_", "H_", "KL", "knn", "rank", "view_share", "data_wait")
 STYLES = {"full": ("-", "o"), "ir": ("--", "s"), "ef": (":", "^")}  # part: its line and marker
 
@@ -84,7 +84,7 @@ def _draw_panel(axes, logs, fields):
             color = number if len(logs) > 1 else list(STYLES).index(part)
             line, marker = STYLES[part]
             style = dict(color=f"C{color}", linestyle=line, markersize=4)
-            if len(points) < 20:  # one has no line
+            if len(points) < 20:  # a single point has no line
                 style["marker"] = marker
             if points:
                 axes.plot(*zip(*points), label=" ".join(names), **style)

@@ -1,16 +1,16 @@
 """What a representation holds of the view, apart from the image: view share, view parameters.
 
-View share: the variance of z between views of one image, by its variance between all views of all
-images, each summed over z's dimensions. 0: z is invariant. 1: z tells nothing but the view.
-Raw it is what nearest neighbors see; one direction of large variance may decide it. Whitened, in
-the metric of z's own covariance, each direction counts alike: what a linear classifier can use.
+View share: the variance of z between views of one image, divided by its variance between all views
+of all images, each summed over z's dimensions. 0: z is invariant. 1: z tells nothing but the view.
+Raw, it is what nearest neighbors see; one direction of large variance may dominate it. Whitened by
+z's own covariance, all directions count the same: what a linear classifier can use.
 
 View parameters: R^2 of ridge regression from z to what was done to the view: the angle, the color
 factors, the crop's place. 1: z tells them exactly. 0: no better than their mean. This measure is
 that of EquiMod (Devillers and Lefort 2023), SIE (Garrido et al. 2023) and E-SSL (Dangovski et al.
-2022). Of flip and elastic it is the accuracy.
+2022). For flip and elastic it is the accuracy.
 
-Views are made of center crops: each image is decoded once, and data sets of all sizes are alike.
+Views are made from center crops: each image is decoded once, and image sizes do not matter.
 """
 
 import functools
@@ -75,7 +75,7 @@ def view_features(backbone, images, size, here, workers, seed, changes, progress
 
 
 def thinned(images, dim):
-    """Return enough of the images for z of `dim` dimensions, taken evenly from the data set."""
+    """Return enough images for z of `dim` dimensions, taken evenly from the data set."""
     enough = max(LEAST_IMAGES, IMAGES_PER_DIM * dim)
     n = len(images)
     return images if n <= enough else subset(images, torch.arange(enough) * n // enough)
@@ -84,7 +84,7 @@ def thinned(images, dim):
 def compared_parts(dim, d_ir, d_split):
     """Return the columns of the parts of z that are compared: {name: slice}.
 
-    d_ir is the model's own split. A model without one is cut where another is: at d_split.
+    d_ir is the model's own split. A model without a split is cut where another is: at d_split.
     """
     parts = part_slices(dim, d_ir, matched=True)
     if d_ir == dim and d_split < dim:
@@ -100,7 +100,7 @@ def view_share(z, weights=None):
     """Return the view share of z (N, M, D), M views of N images; in 0 .. 1.
 
     weights (..., N): how often each image counts, for the bootstrap; returns (...).
-    Both variances are unbiased: of noise the share is 1 whatever M is.
+    Both variances are unbiased: for noise the share is 1 for any M.
     """
     N, M, _ = z.shape
     z = z.double()
@@ -204,7 +204,7 @@ def r_squared(train_z, train_y, test_z, test_y):
 
 
 def accuracy(train_z, train_y, test_z, test_y):
-    """Return how often a ridge classifier tells whether something was done, and its bootstrap."""
+    """Return the accuracy of a ridge classifier of whether a change was made, and its bootstrap."""
     [right] = ridge_correct(
         train_z.flatten(0, 1),
         train_y.flatten().long(),
@@ -222,7 +222,7 @@ def accuracy(train_z, train_y, test_z, test_y):
 def ridge_protocol(models, train, val, size, here, workers=0, seed=0, parameters=True, **options):
     """Evaluate models by features.ridge_rows and equivariance_rows -> rows, [sentence].
 
-    parameters: of the views, too. options: ridge_rows's.
+    parameters: evaluate view parameters too. options: for ridge_rows.
     """
     given = (size, here, workers, seed)
     rows = features.ridge_rows(models, train, val, *given, **options)
@@ -320,7 +320,7 @@ def tell(rows, sentences, path):
 
 
 def draw(rows, path):
-    """Draw the view shares of equivariance_rows as bars -> whether matplotlib is there to do it."""
+    """Draw the view shares of equivariance_rows as bars -> whether matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

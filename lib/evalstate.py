@@ -28,7 +28,7 @@ class EvalState:
         return os.path.exists(self.path)
 
     def read(self, names):
-        """Return the rows of what is finished, and all that was written, with at least `names`.
+        """Return the finished rows, and the whole state, which must have `names`.
 
         The same on all ranks; [] and None if nothing was written.
         """
@@ -41,7 +41,7 @@ class EvalState:
         return state["rows"], state
 
     def write(self, **state):
-        """Write rows=[...] of what is finished and the state of what is not."""
+        """Write the finished rows=[...] and the state of what is not finished."""
         if self.is_main:
             save_atomically(state, self.path)
 

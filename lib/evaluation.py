@@ -1,4 +1,4 @@
-"""What every evaluation begins with: its options, its models and their parts, its data."""
+"""What all evaluations start from: options, models and their parts, data."""
 
 import math
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class EvalConfig:
     """Options that all evaluations share."""
 
     ckpt: str = option("", "checkpoint or weight file, ours or third-party", group="model")
-    compare: str = option("", "a second one of the same architecture, such as DINO's")
+    compare: str = option("", "a second checkpoint of the same architecture, such as DINO's")
     untrained: bool = option(False, "also evaluate the same backbone with random weights")
     part: str = option("", "full, ir or ef; default: all that the checkpoint has")
-    ratio: float = option(None, "ir's share, for a weight file that does not know it", 0.001, 0.999)
+    ratio: float = option(None, "ir's share, for a weight file without a config", 0.001, 0.999)
     data: str = option("", "as in train.py; default: the checkpoint's", group="data")
     classes: str = option("", "default: the checkpoint's, if any; 'all': every class folder")
     data_root: str = TRAIN["data_root"]
@@ -38,7 +38,7 @@ class EvalConfig:
     device: str = TRAIN["device"]
     precision: str = TRAIN["precision"]
     scan: str = TRAIN["scan"]
-    save_correct: bool = option(False, "keep per-image correctness (error bars)", group="output")
+    save_correct: bool = option(False, "keep per-image correctness, for error bars", group="output")
     out: str = option("", "folder for results.json; default: the checkpoint's")
 # fmt: on
 
@@ -49,12 +49,12 @@ class Model(NamedTuple):
     row: str  # its name
     backbone: nn.Module  # in eval mode, on the device
     d_ir: int  # dimensions of ir; all of them: no split
-    trained: dict  # the config of its run; of third-party weights what load_backbone says
+    trained: dict  # the config of its run; for third-party weights: of load_backbone
     ridge_features: tuple | None = None  # of ridge_features, if they are known already
 
 
 def start(config):
-    """Begin an evaluation: here, models, config of ckpt's run, side of crops, results' folder."""
+    """Start an evaluation -> here, models, config of ckpt's run, crop size, folder of results."""
     here = machine.join(config.device, config.precision)
     vmamba.set_backend(config.scan, here.device)
     models, trained = open_models(config, here)
@@ -73,7 +73,7 @@ def open_models(config, here):
     With config.untrained the list begins with the same backbone untrained.
     """
     if not config.ckpt:
-        raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
+        raise UsageError("no checkpoint given; use --ckpt=out/demo/ckpt.pt")
     models = []
     for path in filter(None, (config.ckpt, config.compare)):
         backbone, trained = load_backbone(path)
@@ -81,13 +81,13 @@ def open_models(config, here):
         row = path if method in [model.row for model in models] else method
         known = trained.get("ratio", config.ratio)
         if config.ratio not in (None, known):
-            raise UsageError(f"ratio={config.ratio}: {path} was trained with {known}; remove it")
+            raise UsageError(f"ratio={config.ratio}: {path} has ratio={known}; remove --ratio")
         d_ir = ir_dims(backbone.dim, known or 1.0)
         models.append(Model(row, backbone.to(here.device), d_ir, trained))
     facts = [_facts(model.trained) for model in models]
     if facts[0] != facts[-1]:
-        what = f"{config.ckpt} is {facts[0]}, {config.compare} {facts[1]}"
-        raise UsageError(f"{what}: a table must compare like with like; evaluate each by itself")
+        differ = f"{facts[1]}, and ckpt={config.ckpt} is {facts[0]}"
+        raise UsageError(f"compare={config.compare} is {differ}: must be equal; remove --compare")
     trained = models[0].trained
     first = [untrained_model(trained, config.seed, here)] if config.untrained else []
     return first + models, trained
@@ -95,7 +95,7 @@ def open_models(config, here):
 
 def _facts(trained):
     facts = {name: trained[name] for name in ("arch", "img_size", "patch_size")}
-    return facts | dict(stem=trained.get("stem", "imagenet"))  # older runs know no other
+    return facts | dict(stem=trained.get("stem", "imagenet"))  # older runs have no other
 
 
 def untrained_model(trained, seed, here):
@@ -122,8 +122,8 @@ def chosen_parts(models, part, ckpt):
         names = part_slices(model.backbone.dim, model.d_ir)
         chosen += [(model.row, name) for name in ([part] if part in names else names)]
     if part and part not in dict(chosen).values():
-        fix = "use --part=full, the ckpt.pt of a CLeVER run, or tell the split by --ratio=0.8"
-        raise UsageError(f"part={part}: {ckpt} knows no split; {fix}")
+        fix = "use --part=full or the ckpt.pt of a CLeVER run; for third-party weights --ratio=0.8"
+        raise UsageError(f"part={part}: {ckpt} has no split into ir and ef; {fix}")
     return chosen
 
 
@@ -131,7 +131,7 @@ def data_of(config, trained):
     """Return name and class list of the data: config's, by default the run's."""
     source = config.data or trained.get("data", "")
     if not source:
-        raise UsageError(f"{config.ckpt} does not tell what it was trained on: give --data")
+        raise UsageError(f"{config.ckpt}: its training data is unknown; give --data")
     classes = config.classes
     if not classes and source not in ("shapes", *sources.TORCHVISION):
         classes = trained.get("classes", "")
@@ -139,11 +139,11 @@ def data_of(config, trained):
 
 
 def batch_size_of(batch_size, n, world):
-    """Return the global batch: batch_size, or for fewer images n of them, in eights if possible."""
+    """Return the global batch: batch_size; if n is less, n, a multiple of 8 if possible."""
     if n < 1:
-        raise UsageError("no image is left to train on when one is held out; give more images")
+        raise UsageError("too few images: none is left to train on, one is held out; give more")
     batch = min(batch_size, n // 8 * 8 or n)
     if batch % world:
-        fix = f"use --batch_size={math.ceil(batch / world) * world} or other ranks"
-        raise UsageError(f"a batch of {batch} does not divide among {world} ranks: {fix}")
+        fix = f"use --batch_size={math.ceil(batch / world) * world} or another number of ranks"
+        raise UsageError(f"batch_size={batch} does not divide among {world} ranks: {fix}")
     return batch

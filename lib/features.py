@@ -23,7 +23,7 @@ RIDGE_TESTS = {  # metric of ridge_rows -> test
     "kNN": "orig",
     "kNN, rotated": "ro",
 }
-CHUNK = 2**25  # numbers of some rows that are worked on at a time: 256 MB in fp64
+CHUNK = 2**25  # numbers computed at a time, whole rows: 256 MB in fp64
 
 # --- features -------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def extract(
     outputs = [torch.zeros(n, backbone.dim, device=here.device) for _ in transforms]
     labels = torch.zeros(n, dtype=torch.int64, device=here.device)
     loader = data.eval_loader(images, size, batch_size, workers, here, **views)
-    broken = data.BrokenFiles(max(n / here.world, 100))  # one may be broken in a small slice
+    broken = data.BrokenFiles(max(n / here.world, 100))  # a small slice may have a broken one
     was_training = backbone.training
     backbone.eval()
     at = here.rank
@@ -85,23 +85,23 @@ def in_pieces(backbone, x):
 
 
 def progress_bar(items, here, name, **numbers):
-    """Show a tqdm bar on the main rank; in a file one line in half a minute. No name: no bar."""
+    """Show a tqdm bar on the main rank; in a log file a line every 30 s. No name: no bar."""
     seconds = 0.5 if sys.stderr.isatty() else 30
     is_off = not (here.is_main and name)
     return tqdm(items, name, leave=False, disable=is_off, mininterval=seconds, **numbers)
 
 
 def check_finite(z, ckpt):
-    """UsageError unless all features of a checkpoint are finite."""
+    """Raise UsageError if a feature of a checkpoint is NaN or infinite."""
     if not z.isfinite().all():
-        fix = "take an earlier checkpoint, or try --precision=fp32"
-        raise UsageError(f"{ckpt}: its backbone gives features that are not finite; {fix}")
+        fix = "use an earlier checkpoint, or --precision=fp32"
+        raise UsageError(f"{ckpt}: features that are not finite (NaN, inf); {fix}")
 
 
 def std_and_rank(z):
-    """Return the two signs of collapse of z (N, D): standard deviation and effective rank.
+    """Return two measures of collapse of z (N, D): standard deviation and effective rank.
 
-    std: of L2-normalized z over the images, times sqrt(D): 1 if spread evenly, 0 if one point.
+    std: of L2-normalized z over the images, times sqrt(D). 1: spread evenly; 0: a single point.
     Rank: exp of the entropy of the covariance's spectrum, 1 .. D (Roy and Vetterli 2007).
     """
     N, D = z.shape
@@ -168,13 +168,13 @@ def fit_ridge(train_x, train_y, targets, error, group=1):
     """Fit ridge regression: x (N, D), y (N, ...) -> function of x (n, D), yields (b, T) fp64.
 
     targets(y (b, ...)) -> what is fitted (b, T) fp64. Features are standardized by the training
-    set. Of every tenth training image the predictions' error(prediction, y), a sum, chooses the
-    penalty; then all are fitted. group: rows that are views of one image.
+    set. Every tenth training image is held out: the smallest error(prediction, y), a sum over them,
+    chooses the penalty. Then all images are fitted. group: rows that are views of one image.
     """
     mean = train_x.mean(0)
     std = train_x.std(0) + 1e-6
     n_targets = targets(train_y[:1]).shape[1]
-    rows = max(1, CHUNK // max(train_x.shape[1], n_targets))  # are in fp64 at a time
+    rows = max(1, CHUNK // max(train_x.shape[1], n_targets))  # in fp64 at a time
 
     def standardized(x):
         return ((x - mean) / std).double()
@@ -205,7 +205,7 @@ def fit_ridge(train_x, train_y, targets, error, group=1):
 
 
 def ridge_features(model, train, val, size, here, workers=0, seed=0):
-    """Extract (z, labels) of train in four turns, and of val in four turns and rotated."""
+    """Extract (z, labels) of train in four turns; of val in four turns and randomly rotated."""
     run = functools.partial(extract, model.backbone, size=size, here=here, workers=workers)
     turns = [quarter_turn(n) for n in range(4)]
     of_train = run(train, turns, progress=f"features of {model.row}, train")

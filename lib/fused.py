@@ -31,7 +31,7 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
         chunk: images whose logits are held at a time; 0: as many as fill CHUNK_ELEMENTS.
     Returns:
         the loss (its gradients serve one backward), the teacher's mean logits (K,), and its mean
-        entropy in nats (ln K: it says nothing; 0: it is certain).
+        entropy in nats (ln K: uniform; 0: certain).
     """
     check_term(term)
     given = (term, student, layer, teacher, teacher_layer, center, temps, chunk)
@@ -72,7 +72,7 @@ def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chun
 
 @functools.cache
 def check_term(term):
-    """Assert that a pair term is one number per row, from that row, and linear if so declared."""
+    """Assert that a pair term maps each row by itself to a number, linearly if declared so."""
     generator = torch.Generator().manual_seed(0)
     q, r = (5 * torch.randn(2, 8, 16, generator=generator)).softmax(-1)
     s = 5 * torch.randn(8, 16, generator=generator)
@@ -97,9 +97,9 @@ def _value(term, targets, logits, temp, pairs):
 
 
 def _differentiate(value_of, term, q, logits, scales):
-    """Return the value of a chunk's logits (V, b, K) and put its gradient in their place.
+    """Return the value of a chunk's logits (V, b, K) and replace them by its gradient.
 
-    A view is done at a time. If the term is linear in q, a local view meets q_0 + q_1 once.
+    One view at a time. If the term is linear in q, a local view is compared with q_0 + q_1 once.
     """
     total = 0
     local = [q[0] + q[1]] if term in losses.LINEAR_IN_Q else [q[0], q[1]]

@@ -1,4 +1,4 @@
-"""A file -> an image: the data set as all see it, one decoder, decoded images in memory."""
+"""From files to images: the data set, one decoder, decoded images in memory."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.Decompressio
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set in memory or on disk: all that loaders and evaluations know of it."""
+    """A data set in memory or on disk, as loaders and evaluations use it."""
 
     read: Callable  # i -> uint8 (3, H, W); raises one of UNREADABLE for a broken file
     labels: torch.Tensor  # (N,) int64, -1: unknown
@@ -50,7 +50,7 @@ def memory_images(pixels, labels, classes, name):
 
 
 def file_images(paths, labels, classes, fix=""):
-    """Return Images of files. With `fix`, a list names them: UsageError if one does not exist."""
+    """Return Images of files. With `fix`: UsageError with this advice if one is missing."""
     missing = [path for path in paths if not os.path.exists(path)] if fix else []
     if missing:
         n = f"{len(missing)} of {len(paths)}"
@@ -97,7 +97,7 @@ def _decode_with_pillow(path):
 
 
 def reason(error):
-    """Say in one line what an exception says."""
+    """Return an exception's message in one line."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -117,7 +117,7 @@ def limit_decode(images, config):
 def cache_in_ram(images, what, threads):
     """Return the same Images, decoded once and cached; loading processes share them.
 
-    Of a broken file the reason is cached. UsageError if they would not fit into memory. what: the
+    For a broken file the reason is cached. UsageError if they do not fit into memory. what: the
     name of the data set.
     """
     read = partial(read_or_reason, images.read)
@@ -126,8 +126,8 @@ def cache_in_ram(images, what, threads):
     needed = len(images) * sum(sizes) / max(len(sizes), 1) / 1e9
     free = free_memory() / 1e9
     if needed > 0.8 * free:
-        why = f"the images of {what} take about {needed:.1f} GB, {free:.1f} GB a rank are free"
-        raise UsageError(f"cache=ram: {why}: remove --cache=ram")
+        why = f"{what} needs about {needed:.1f} GB of memory, {free:.1f} GB per rank are free"
+        raise UsageError(f"cache=ram: {why}; remove --cache=ram")
     progress = dict(desc=f"decoding {what}", leave=False)
     progress["disable"] = dist.is_initialized() and dist.get_rank() > 0
     cached = thread_map(read, range(len(images)), max_workers=threads, **progress)
@@ -135,7 +135,7 @@ def cache_in_ram(images, what, threads):
 
 
 def free_memory(device=CPU):
-    """Return the bytes that are free on a device; of a host each of its ranks has a share."""
+    """Return the free bytes of a device; for the host, this rank's share of them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -143,7 +143,7 @@ def free_memory(device=CPU):
 
 
 def read_or_reason(read, i):
-    """Return image i, or if its file is broken the reason, one line."""
+    """Return image i; if its file is broken, the reason in one line."""
     try:
         return read(i)
     except UNREADABLE as error:
@@ -165,7 +165,7 @@ def subset(images, indices):
 
 
 class BrokenFiles:
-    """Names each broken file once; stops the run if they are more than 1 % of the n images."""
+    """Report each broken file once; stop the run if more than 1 % of the n images are broken."""
 
     def __init__(self, n):
         self.n = round(n)
@@ -176,6 +176,6 @@ class BrokenFiles:
             if name not in self.seen:
                 self.seen.add(name)
                 say(f"skipped broken image {name}: {why} ({len(self.seen)} so far)")
-        if len(self.seen) > 0.01 * self.n:  # the data set is at fault, not a file
+        if len(self.seen) > 0.01 * self.n:  # the data set is wrong, not one file
             why = f"{len(self.seen)} of {self.n} images are broken, more than 1%"
             raise UsageError(f"{why}, such as {min(self.seen)}; fix or remove them")

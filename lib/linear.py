@@ -1,4 +1,4 @@
-"""Linear classifiers of frozen features: what they see, what they learn, how they train."""
+"""Linear classifiers of frozen features: their input, their task, their training."""
 
 import functools
 from collections.abc import Callable
@@ -35,18 +35,18 @@ class ClassifierConfig(EvalConfig):
     # fmt: off
     arch: str = option("", "check that third-party weights are of this backbone", group="features")
     img_size: int = option(0, "side of the crops; 0: the checkpoint's", 8, 4096)
-    cut: str = option("last", "blocks whose ir and ef are cut apart; 'last' is the published "
-                      "scripts'", choices=("last", "every"))
-    blocks: int = option(0, "concatenate CLS of this many last blocks; 0: ViT 4; vit_base CLS and "
-                         "mean patch of the last; others pooled z", 0, 1000)
+    cut: str = option("last", "blocks whose features are split into ir and ef; last: as the "
+                      "published scripts", choices=("last", "every"))
+    blocks: int = option(0, "concatenate CLS of this many last blocks; 0: 4 (ViT), CLS and mean "
+                         "patch of the last (vit_base), pooled z (all others)", 0, 1000)
     protocol: str = option("paper", "linear: as in eval_linear.py", choices=("paper", "fast"),
                            group="classifiers")
-    views: int = option(4, "fast: random crops of each image whose features are cached", 1, 1000)
-    lr: float = option(0.001, "per 256 images, the scripts' (paper's text: 0.002); linear: one of "
-                       "the rates, always reported", 0, 100)
+    views: int = option(4, "fast: random crops of each image, for cached features", 1, 1000)
+    lr: float = option(0.001, "per 256 images, as the scripts (paper's text: 0.002); linear: "
+                       "one of the rates to choose from, always reported", 0, 100)
     lrs: tuple = option((0.01, 0.05, 0.2, 1.0), "linear: more rates to choose from", 1e-9, 100)
-    held_out: float = option(0.05, "linear: share of the training set that chooses the learning "
-                             "rate and trains nothing", 0.001, 0.9)
+    held_out: float = option(0.05, "linear: share of the training set that is held out to choose "
+                             "the learning rate", 0.001, 0.9)
     seeds: int = option(1, "repeat with seed, seed + 1, ...: mean and standard deviation", 1, 1000)
     # fmt: on
 
@@ -56,15 +56,15 @@ class Representation(nn.Module):
 
     A ViT gives CLS of its last 4 blocks, vit_base CLS and mean patch of the last (DINO's linear
     protocol), other backbones z. blocks: CLS of that many last blocks instead.
-    columns[row, part]: indices into dim. cut: 'last' cuts ir and ef in the last block only (the
-    published scripts; both of vit_base's are of that block), 'every' in each.
-    z_columns[row, part]: the same of the backbone's own z.
+    columns[row, part]: indices into dim. cut: 'last' splits ir and ef in the last block only (the
+    published scripts; vit_base has only features of that block), 'every' in each block.
+    z_columns[row, part]: the same for the backbone's own z.
     """
 
     def __init__(self, models, cut="last", blocks=0):
         super().__init__()
         self.backbones = nn.ModuleList(model.backbone for model in models)
-        self.kinds = []  # of each: how many blocks, and whether with the mean patch
+        self.kinds = []  # for each: number of blocks, whether with the mean patch
         self.columns = {}
         self.z_columns = {}
         self.dim = 0
@@ -73,13 +73,13 @@ class Representation(nn.Module):
             is_vit = hasattr(model.backbone, "tokens")
             depth = len(model.backbone.blocks) if is_vit else 1
             if blocks > depth:
-                has = depth if is_vit else "no blocks to concatenate, use --blocks=0"
-                raise UsageError(f"blocks={blocks}: {arch} has {has}")
+                fix = f"use at most {depth}" if is_vit else "not a ViT, use --blocks=0"
+                raise UsageError(f"blocks={blocks}: too many for {arch}; {fix}")
             mean_patch = arch == "vit_base" and not blocks
             n = 1 if mean_patch else blocks or min(4, depth)
             rows = torch.arange((n + mean_patch) * model.backbone.dim).view(n + mean_patch, -1)
             rows += self.dim  # a row for each block; vit_base: CLS, mean patch
-            uncut = n - 1 if cut == "last" else 0  # blocks that belong to ir as a whole
+            uncut = n - 1 if cut == "last" else 0  # blocks that belong to ir completely
             for part, columns in part_slices(model.backbone.dim, model.d_ir).items():
                 whole = rows[: 0 if part == "ef" else uncut].flatten()
                 is_part = torch.cat([whole, rows[uncut:, columns].flatten()])
@@ -175,7 +175,7 @@ def perturbation_tests(names):
     """Turn "orig,cj+ro" into a Task's tests."""
     chosen = [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
-        raise UsageError(f"tests={names}: names a test twice")
+        raise UsageError(f"tests={names}: names a test twice; name each once")
     for name in chosen:
         if name not in PERTURBATIONS:
             hint = did_you_mean(name, PERTURBATIONS)
@@ -215,9 +215,9 @@ class LinearProbe:
         self.common = dict(size=size, here=here, workers=config.workers)
 
     def fit(self, images, seed, state, rows, begun):
-        """Train on images, from the state `begun` on if it is of this seed -> Classifiers.
+        """Train on images -> Classifiers. Continues from the state `begun` if it is of this seed.
 
-        After each epoch the state is kept, with the rows of seeds before.
+        After each epoch writes the state, with the rows of the seeds before.
         """
         config, here = self.config, self.here
         per_epoch = len(images) // config.batch_size
@@ -262,7 +262,7 @@ class LinearProbe:
             yield z, self.task.label(seeds, labels).to(here.device)
 
     def cached_batches(self, images, steps):
-        """Yield the same of a few fixed crops of each image, whose features are cached in fp16."""
+        """Yield the same from a few fixed crops of each image, with features cached in fp16."""
         if not len(steps):
             return
         views, n = self.config.views, len(images)
@@ -312,7 +312,7 @@ class LinearProbe:
         """Extract the models' own z of all training images: Representation, z (N, dim), labels."""
         own = Representation(self.models, blocks=1)
         clean = [perturbation("orig")]
-        [z], labels = extract(own, self.task.train, clean, progress="kNN", **self.common)
+        [z], labels = extract(own, self.task.train, clean, progress="kNN features", **self.common)
         return own, z, labels
 
 
@@ -320,7 +320,7 @@ def linear_probe(models, task, config, size, here, state, knn=False):
     """Train linear classifiers on frozen features and test them -> rows of results.json.
 
     A held-out slice of the training images chooses the learning rate of each part.
-    state: EvalState, what an interrupted evaluation continues from. knn: also kNN of each
+    state: EvalState, from which an interrupted evaluation continues. knn: also kNN of each
     model's own z, among all training images.
     """
     probe = LinearProbe(models, task, config, size, here)

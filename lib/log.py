@@ -1,4 +1,4 @@
-"""log.jsonl: a line for some numbers, whole or not at all."""
+"""log.jsonl: each line is written whole or not at all."""
 
 import errno
 import json
@@ -6,7 +6,7 @@ import os
 
 
 def append(path, numbers):
-    """Append a line, whole or not at all; OSError if the disk refuses."""
+    """Append a line, whole or not at all; OSError if it cannot be written."""
     rounded = {k: round(x, 6) if isinstance(x, float) else x for k, x in numbers.items()}
     line = json.dumps(rounded).encode() + b"\n"
     os.makedirs(os.path.dirname(path), exist_ok=True)  # someone may have removed it

@@ -1,4 +1,4 @@
-"""The processes of a script: ranks and what they share, signals, and the way out."""
+"""The processes of a script: ranks and what they share, signals, exit."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from lib.processor import choose_device, choose_precision
 import torch
 import torch.distributed as dist
 
-_hosts = None  # the group in which hosts talk, not their GPUs; join makes it on all ranks
+_hosts = None  # the process group of the CPUs (gloo); join makes it on all ranks
 
 
 class Here(NamedTuple):
@@ -43,7 +43,7 @@ def join(device="auto", precision="auto"):
         store, rank, world = next(dist.rendezvous("env://"))
         if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
             # On one machine torchrun keeps the store when it restarts the ranks. Without a prefix
-            # of their own the new ranks find the addresses of the dead ones.
+            # for each attempt the new ranks would find the addresses of the dead ones.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"attempt {attempt}", store)
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -76,17 +76,17 @@ def broadcast(obj):
 
 
 def wait_on_hosts():
-    """Wait up to a day until all ranks are here: GPUs give up after ten minutes of a download."""
+    """Wait up to a day for all ranks, as during a download: NCCL would stop after ten minutes."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1), group=_hosts)
 
 
 def wait_for_ranks():
-    """End a script: wait until every rank has come this far. The process group stays alive.
+    """Wait at the end of a script until every rank is here. The process group stays alive.
 
-    Destroyed here, it could hang: DistributedDataParallel, which holds the last reference to it,
-    keeps Python's lock at its own end while it waits for a communication thread, and that may want
-    the lock to drop a tensor. So run_main ends the process instead.
+    To destroy it could hang. DistributedDataParallel holds the last reference to it and, when it is
+    freed, keeps Python's lock while it waits for a communication thread; that thread may need the
+    lock to free a tensor. So run_main ends the process instead.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -133,8 +133,8 @@ def run_main(main, when_interrupted="stopped", usage=""):
     """Run main(sys.argv[1:]) and end the process; without arguments print the usage, if any.
 
     A UsageError is one line on stderr and exit code 2, Ctrl-C is exit code 130.
-    A rank of torchrun skips Python's own clean-up. That can wait for ever for threads that still
-    hold tensors (PyTorch's issue 190489, wait_for_ranks), and the whole job with it.
+    A rank of torchrun skips Python's own clean-up. The clean-up can wait forever for threads that
+    still hold tensors (PyTorch's issue 190489, wait_for_ranks), and then the whole job waits.
     """
     code = 0
     try:
@@ -143,7 +143,7 @@ def run_main(main, when_interrupted="stopped", usage=""):
         else:
             main(sys.argv[1:])
     except UsageError as error:
-        # one that a loader's worker raised has a traceback in front
+        # from a loading process, a traceback comes before it
         cause = str(error).strip().splitlines()[-1].removeprefix("lib.config.UsageError: ")
         print(f"{os.path.basename(sys.argv[0])}: {cause}", file=sys.stderr, flush=True)
         code = 2

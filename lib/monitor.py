@@ -1,8 +1,8 @@
-"""What a person sees while a run trains: first screen, progress bar, log lines, kNN, warnings.
+"""What you see while a run trains: first screen, progress bar, log lines, kNN, warnings.
 
-An evaluation line of log.jsonl has, for the parts full, ir, ef of the teacher's representation:
+A line of log.jsonl from an evaluation has, for the parts full, ir, ef of the teacher's z:
 std_*, rank_* (features.std_and_rank), knn_*, knn_rotated_* (top-1 in %), view_share_* and
-view_share_white_* (equivariance.view_share); for the heads what collapse.metrics says.
+view_share_white_* (equivariance.view_share); for the heads the numbers of collapse.metrics.
 """
 
 import functools
@@ -26,19 +26,19 @@ MAX_CONSECUTIVE_SKIPS = 3  # steps in a row without a finite gradient before a r
 
 
 class Monitor:
-    """Watches a run: begin, then for each step watch and step, epoch_end, at last finish."""
+    """Watch a run. Call begin; for each step watch, step and epoch_end; at the end finish."""
 
     def __init__(self, run, train_set, val_set):
         self.run = run
         self.train_set = train_set
         self.val_set = val_set
-        if run.here.is_main:  # decoded now: nothing is written if that is impossible
+        if run.here.is_main:  # decoded now: if that fails, nothing is written
             self.whole, self.shown = data.first_batch(train_set, run.config, 6, run.here)
         self.broken = data.BrokenFiles(len(train_set))
         self.history = defaultdict(list)  # name -> values of the steps since the last line
         self.numbers = {}  # what was last logged
         self.is_late = run.here.device.type == "cuda"  # lines come one window late
-        self.unwritten = []  # what _write needs for the line to come, or nothing
+        self.unwritten = []  # what _write needs for the next line, or nothing
         self.waited = 0.0  # seconds, for batches, since the last line
         self.since = time.perf_counter()
         self.has_labels = val_set is not None and train_set.labels.min() >= 0
@@ -50,7 +50,7 @@ class Monitor:
         return data.first_batch(self.train_set, self.run.config, n, self.run.here)[1]
 
     def begin(self, folder):
-        """Print the first screen, write views.png, evaluate what is owed; start the bar."""
+        """Print the first screen, write views.png, evaluate if that is due; start the bar."""
         run = self.run
         self.folder = folder
         step = folder.step
@@ -61,12 +61,12 @@ class Monitor:
                 picture = views_picture(run, self.whole, self.shown)
                 torchvision.utils.save_image(picture, folder.path("views.png"))
             folder.log(step=0, epoch=0.0, **collapse.metrics(run, self.first_batch))
-        elif not self._was_evaluated(step):  # the run ended between a checkpoint and this
+        elif not self._was_evaluated(step):  # the run was stopped after the checkpoint, before this
             self.epoch_end(step)
         if step == run.total and run.here.is_main:
             print(
-                f"{run.config.out_dir} is finished: nothing to train. Raise --epochs only with "
-                "another --out_dir: it changes the whole schedule"
+                f"{run.config.out_dir} is finished: nothing to train. To train longer, set "
+                "--epochs and another --out_dir: --epochs changes the whole schedule"
             )
         self.bar = tqdm(
             total=run.total,
@@ -80,7 +80,7 @@ class Monitor:
         self.since = time.perf_counter()
 
     def watch(self, batches):
-        """Hand on the batches; measure the wait for them and name broken files."""
+        """Yield the batches; measure the wait for them and report broken files."""
         batches = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -92,11 +92,11 @@ class Monitor:
             yield batch
 
     def step(self, done, logged, signal):
-        """Note what the step that makes `done` steps says; log every log_every, or at a signal.
+        """Store what step `done` returned; log every log_every steps, or at a signal.
 
-        Also before each checkpoint, so that a continued run logs the same averages, and before each
-        evaluation. On a GPU a line is written when the next one is due, or before such a stop: in
-        between nothing waits for the device. Too many skipped steps are seen that late, too.
+        Log also before each checkpoint, so that a continued run logs the same averages, and before
+        each evaluation. On a GPU a line is written when the next one is due, or before such a stop:
+        nothing else waits for the device. Too many skipped steps are noticed only then, too.
         """
         for name, value in logged.items():
             self.history[name].append(value)
@@ -129,7 +129,7 @@ class Monitor:
         self.since = time.perf_counter()
 
     def _write(self):
-        """Write the line to come, if there is one; stop a run that skips step after step."""
+        """Write the waiting line, if any; stop a run that skips too many steps in a row."""
         while self.unwritten:
             done, names, means, wait, speed = self.unwritten.pop()
             wait()
@@ -175,7 +175,7 @@ class Monitor:
         found = any(r["step"] == step and "std_full" in r for r in self.folder.records())
         return machine.broadcast(found)
 
-    @torch.compiler.set_stance("force_eager")  # its batches would be compiled for, each size once
+    @torch.compiler.set_stance("force_eager")  # else compiled once for each batch size
     def evaluate(self, is_last=False):
         """Return {name: number}: kNN of each part on clean and rotated images, collapse metrics."""
         run = self.run
@@ -207,7 +207,7 @@ class Monitor:
         return numbers | equivariance.shares_to_log(model, shown, config, run.here)
 
     def needs_table(self):
-        """Tell whether the run ends with a table: probe_at_end, labels, and none is there yet."""
+        """Tell whether the run ends with a table: probe_at_end, labels, and no table yet."""
         wanted = self.run.config.probe_at_end and self.has_labels
         return wanted and not results.read_results(self.folder.path("results.json"))
 
@@ -218,7 +218,7 @@ class Monitor:
         config, here = self.run.config, self.run.here
         if not self.needs_table():
             if config.probe_at_end and not self.has_labels and here.is_main:
-                print("no table: a probe needs labels, train/CLASS and val/CLASS folders")
+                print("no table: a probe needs labels, that is folders train/CLASS and val/CLASS")
             return
         start = time.perf_counter()
         untrained = evaluation.untrained_model(vars(config), config.seed, here)
@@ -234,7 +234,7 @@ class Monitor:
 
 
 def start_copy(x):
-    """Start to copy x to the host -> the copy, and wait(), after which it holds the numbers."""
+    """Start to copy x to the host -> the copy, and wait(): after it the copy is complete."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
     if not x.is_cuda:
         return host, lambda: None

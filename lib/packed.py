@@ -1,4 +1,4 @@
-"""A batch's numbers for a GPU, in one copy."""
+"""Copy a batch's small tensors to a GPU at once."""
 
 from lib import rng
 
@@ -9,7 +9,7 @@ def copy_packed(device, tensors):
     """Move a dict of small CPU tensors to `device` in one copy -> the same dict there."""
     if not tensors:
         return {}
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each lies aligned
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each is aligned
     parts = [tensors[name].flatten().view(torch.uint8) for name in names]
     there = rng.to_device(device, torch.cat(parts)).split([len(part) for part in parts])
     moved = {}

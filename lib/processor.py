@@ -36,13 +36,13 @@ def local_ranks():
 def keep_freed_memory():
     """Tell the C library to keep freed memory. No effect if the library is not glibc.
 
-    By default glibc returns large blocks to the system, which clears every page again when the next
-    step asks for them. With 65536 prototypes that took nearly half of a step's time on a CPU.
+    By default glibc returns large blocks to the system, which clears their pages when the next step
+    asks for them again. With 65536 prototypes that took nearly half of a step's time on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_MMAP_MAX, 0)  # no block is a mapping of its own
+        mallopt(M_MMAP_MAX, 0)  # no block is mapped by itself
         mallopt(M_TRIM_THRESHOLD, -1)  # nothing goes back to the system
 
 
@@ -94,14 +94,14 @@ def exact_fp32():
 def view_stream(device):
     """Return the CUDA stream in which crops and views are made, one a device; None on a CPU.
 
-    So a GPU makes the next batch's views while it is still at the step before.
+    So a GPU makes the next batch's views while the step before still runs.
     """
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @functools.cache
 def _amx_is_broken():
-    """Try AMX, Intel's matrix unit, in a child process. If the child dies, do without AMX.
+    """Try AMX, Intel's matrix unit, in a child process. If the child dies, do not use AMX.
 
     Some virtual machines announce AMX and kill a process at its first AMX instruction. oneDNN can
     be limited to AVX-512 only before it computes anything, so this comes first.

@@ -1,11 +1,10 @@
-"""Small images live on the device: one tensor of a data set, the crops of a whole batch at once.
+"""Small images on the device: a data set is one tensor, a batch is cropped at once.
 
 A crop is resized by two matrix products, out = W_y image W_x^T. Their weights are built from the
-crops' boxes and are torch's: antialiased bicubic, rounded to 1/2^bits, with a result of 8 bits
-after each product. So every sum is, times 2^bits, a whole number below 2^24, which fp32 holds
-exactly: no order, number of threads or device changes a pixel, and the pixels are those of
-augment.resize (tests/test_resident.py; where a crop shrinks by more than four, a few differ by one
-level).
+crops' boxes. They are torch's: antialiased bicubic, rounded to 1/2^bits, with 8 bits after each
+product. So every sum times 2^bits is a whole number below 2^24, which fp32 holds exactly. No order
+of sums, number of threads or device changes a pixel. The pixels are those of augment.resize; where
+a crop shrinks by more than four, a few differ by one level (tests/test_resident.py).
 """
 
 from dataclasses import replace
@@ -44,7 +43,7 @@ def place(images, what, here, threads):
 
 
 def _decode_all(images, what, here, threads):
-    """Read the files into one tensor; leave it if a sample of 64 says no, or a file is broken."""
+    """Read the files into one tensor; not if a sample of 64 does not fit, or a file is broken."""
     read = partial(read_or_reason, images.read)
     first = read(0)
     for i in range(0, len(images), max(1, len(images) // 64)):
@@ -67,7 +66,7 @@ def _decode_all(images, what, here, threads):
     if failed:
         i, why = next(iter(failed.items()))
         if here.is_main:
-            tqdm.write(f"{images.name(i)} is {why}: {what} is read from its files, step by step")
+            tqdm.write(f"{images.name(i)} is {why}: each step reads {what} from its files")
         return images
     return replace(images, pixels=pixels)
 
@@ -130,8 +129,8 @@ def resize_weights(start, length, n_in, n_out, longest):
     """Build the matrices (..., n_out, n_in) float32 that resize a part of a row of n_in pixels.
 
     start, length: int64 (...), the part, at most `longest`. An output pixel is a sum over the taps
-    within 2 pixels of its place, 2 pixels of the output if the part shrinks; beyond the part's ends
-    are no taps.
+    within 2 pixels of its place; within 2 pixels of the output if the part shrinks. There are none
+    beyond the ends of the part.
     """
     device = length.device
     scale = (length.double() / n_out)[..., None]  # (..., 1)

@@ -87,7 +87,7 @@ def results_folder(config):
     """Return the folder for results.json: config.out, or that of config.ckpt. It is writable."""
     out = config.out or os.path.dirname(config.ckpt) or "."
     if not os.path.isdir(out) or not os.access(out, os.W_OK):
-        raise UsageError(f"{out}: no such folder, or not writable; --out=FOLDER takes results.json")
+        raise UsageError(f"{out}: no such folder, or not writable; give another --out=FOLDER")
     read_results(os.path.join(out, "results.json"))
     return out
 
@@ -106,7 +106,7 @@ def read_results(path):
 
 
 def revision():
-    """Return git's name of this code, such as 'a27829e-dirty', or None."""
+    """Return git's name of this revision, such as 'a27829e-dirty', or None."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

@@ -1,7 +1,7 @@
-"""Random numbers as a function: a hash of (seed, epoch or step, sample, stream), never a state.
+"""Random numbers without state: a hash of (seed, epoch or step, sample, stream).
 
 So a resumed run continues bit for bit, the number of workers changes nothing, no two ranks share a
-number, and CPU and GPU see the same ones. The hash is splitmix64 (Steele, Lea and Flood 2014) on
+number, and CPU and GPU get the same numbers. The hash is splitmix64 (Steele, Lea and Flood 2014) on
 int64 tensors, whose products wrap as the original's do.
 """
 

@@ -20,7 +20,7 @@ import augment
 
 @dataclass
 class Run:
-    """What a training step works on. What the next step needs is in state and load too."""
+    """What a training step works on. state and load have all that the next step needs."""
 
     config: Config
     here: machine.Here
@@ -33,7 +33,7 @@ class Run:
     centers: dict  # head -> center (K,); empty without a teacher
     skipped: torch.Tensor  # (2,) int64: steps skipped in all, and in a row until now
     stream: object  # CUDA stream that makes the next views; None on a CPU
-    notes: list  # lines of the first screen: what came of compiling, what was clipped
+    notes: list  # lines of the first screen: compiled blocks, a shortened warm-up
     teacher_temp: float = 0.0  # of the current step
 
     @property
@@ -72,7 +72,7 @@ class Run:
             networks = [sync_batch_norm(net) for net in networks]
             ids = [device.index] if device.type == "cuda" else None
             student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        if config.compile is False:  # nor the losses' and the views' operations
+        if config.compile is False:  # do not compile the losses and the views either
             compiled.COMPILERS.clear()
         config.compile, line = compiled.compile_blocks(networks, config.compile, device)
         notes = [line] if line else []
@@ -80,7 +80,7 @@ class Run:
             clipped = config.epochs / 10
             notes.append(f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}")
             config.warmup_epochs = clipped
-        # a search for the fastest kernel pays for many convolutions of fixed shapes, not for one
+        # the search for the fastest kernel is worth it for many convolutions, not for a ViT's one
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
         config.device = device.type  # resolved, for config.json
@@ -136,7 +136,7 @@ class Run:
         if self.stream:
             main_stream.wait_stream(self.stream)
             for view in views:
-                view.record_stream(main_stream)  # so that its memory stays taken for this step
+                view.record_stream(main_stream)  # so that its memory is not reused in this step
         return views
 
     def drop_path_scales(self, seeds, views):
@@ -158,7 +158,7 @@ class Run:
 
     @torch.no_grad()
     def clip_gradients(self):
-        """Scale each gradient by itself to at most clip_grad (0: off) -> whether all are finite."""
+        """Clip each parameter's gradient to norm clip_grad (0: off) -> whether all are finite."""
         unused = [name for name, p in self.trained.items() if p.grad is None]
         assert not unused, f"no loss term reaches {unused[0]}: use it, or freeze it"
         gradients = [p.grad for p in self.trained.values()]
@@ -171,7 +171,7 @@ class Run:
     def step_optimizer(self, is_finite):
         """Update the student, unless a gradient is not finite: then count a skipped step."""
         is_skipped = ~is_finite
-        self.optimizer.found_inf = is_skipped.float()  # the device skips, nothing waits for it
+        self.optimizer.found_inf = is_skipped.float()  # the device skips; the host does not wait
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += is_skipped
@@ -179,28 +179,28 @@ class Run:
 
 
 def refuse_to_skip_more(run, first, last, n_images):
-    """UsageError, on every rank: steps first .. last were skipped, their gradients not finite."""
+    """Raise UsageError on every rank: in steps first .. last no gradient was finite."""
     config = run.config
     [samples] = data.Schedule(n_images, config.batch_size, config.seed, first, first + 1)
     names = ", ".join(str(i) for _, i in samples[:8])
     raise UsageError(
         f"steps {first} to {last}: no gradient was finite, all were skipped; step {first} saw "
-        f"samples {names} ...; {config.out_dir}/ckpt.pt holds the last good state; lower lr, or "
-        "try precision=fp32"
+        f"samples {names} ...; {config.out_dir}/ckpt.pt holds the last good state; use a "
+        "lower --lr or --precision=fp32, and another --out_dir"
     )
 
 
 def check_two_views(config, network):
-    """UsageError for options that a method without a teacher cannot follow."""
+    """Raise UsageError for options that do not fit a method without a teacher."""
     if config.local_crops:
-        fix = "has two views only: use --local_crops=0"
+        fix = "uses two global views only; set --local_crops=0"
         raise UsageError(f"local_crops={config.local_crops}: {config.method} {fix}")
     if network.head_ef is not None and config.orth not in ("cosine", "dot"):
-        raise UsageError(f"orth={config.orth}: {config.method} has cosine and dot only")
+        raise UsageError(f"orth={config.orth}: not for {config.method}; use --orth=cosine or dot")
 
 
 def init_from(backbone, config):
-    """Load the weights of config.init_from; UsageError if they are of another backbone."""
+    """Load the weights of config.init_from. UsageError if their backbone is another one."""
     given, facts = load_backbone(config.init_from)
     state = given.state_dict()
     own = backbone.state_dict()
@@ -208,10 +208,11 @@ def init_from(backbone, config):
         (name, x.shape) for name, x in own.items()
     ]:
         names = ("arch", "img_size", "patch_size", "stem")
-        facts = dict(stem="imagenet") | facts  # older runs know no other
+        facts = dict(stem="imagenet") | facts  # older runs have no other
         there = ", ".join(f"{name}={facts[name]}" for name in names)
         here = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-        raise UsageError(f"init_from={config.init_from}: holds {there}; this run is {here}")
+        fix = f"this run has {here}; set the same"
+        raise UsageError(f"init_from={config.init_from}: has {there}; {fix}")
     backbone.load_state_dict(state)
 
 
@@ -225,6 +226,6 @@ def make_optimizer(network, config):
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
-    for p in trained.values():  # torch leaves them unset if the first step is skipped
+    for p in trained.values():  # torch sets none if the first step is skipped
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer

@@ -1,9 +1,9 @@
 """The folder of a run: lock, config, checkpoint, log.
 
-out_dir/ holds ckpt.pt (all that the next step depends on), ckpt.prev.pt (the one before, for a
-damaged ckpt.pt), backbone.pt (the teacher's backbone, for timm, torchvision or VMamba), config.json
-(resolved), log.jsonl (a line has "loss" if it is of training, "std_full" if it is of an
-evaluation), views.png (what the network sees), curves.png (log.jsonl drawn).
+out_dir/ holds ckpt.pt (all that the next step depends on), ckpt.prev.pt (the checkpoint before it,
+if ckpt.pt is damaged), backbone.pt (the teacher's backbone, for timm, torchvision or VMamba),
+config.json (all options), log.jsonl (a line of training has "loss", a line of an evaluation
+"std_full"), views.png (what the network sees), curves.png (log.jsonl drawn).
 """
 
 import atexit
@@ -41,8 +41,8 @@ class RunDir:
         self.writer = ThreadPoolExecutor(1)
         self.writing = []  # the checkpoint that the thread writes: a future, or none
         self.open_boards = boards.import_boards(run.config)
-        self.boards = []  # functions that log numbers elsewhere too
-        self.damaged = ""  # a checkpoint that ckpt.prev.pt takes the place of
+        self.boards = []  # functions that log the numbers to other places
+        self.damaged = ""  # the damaged checkpoint that ckpt.prev.pt replaces
 
     def path(self, name):
         return os.path.join(self.run.config.out_dir, name)
@@ -51,15 +51,15 @@ class RunDir:
     def open(cls, run, n_images):
         """Load the checkpoint, if there is one, then lock the folder and write config.json.
 
-        UsageError, and nothing written, if another run lives or works there.
+        UsageError if another run is there; then nothing is written.
         """
         folder = cls(run, n_images)
         folder.restore()
         step = torch.tensor(float(folder.step), device=run.here.device)
         if machine.mean_over_ranks(step) != folder.step:
             raise UsageError(
-                f"out_dir={run.config.out_dir}: the machines do not see the same checkpoint there; "
-                "give a folder that all of them share"
+                f"out_dir={run.config.out_dir}: the machines see different checkpoints in it; "
+                "give a folder that all machines share"
             )
         if run.here.is_main:
             folder._claim()
@@ -78,7 +78,7 @@ class RunDir:
             with open(path) as file, suppress(ValueError):
                 there = json.load(file)
             if not isinstance(there, dict):
-                raise UsageError(f"{path} is not a run's: choose another --out_dir")
+                raise UsageError(f"{path}: not the config.json of a run; choose another --out_dir")
             self._refuse_other(there)
         try:
             os.makedirs(config.out_dir, exist_ok=True)
@@ -92,11 +92,11 @@ class RunDir:
         except OSError as error:
             cause = f"{error.strerror}; choose another"
             if isinstance(error, BlockingIOError):
-                cause = "another run is at work there; wait for its end, or choose another"
+                cause = "another run is writing to it; wait until it ends, or choose another"
             raise UsageError(f"out_dir={config.out_dir}: {cause}") from None
 
     def _refuse_other(self, there):
-        """UsageError if the folder's run has other options than this one, where they matter."""
+        """UsageError if the run in the folder has other options, except RESUME_OVERRIDABLE."""
         here = json.loads(json.dumps(asdict(self.run.config)))
         defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
         there = {RENAMED.get(name, name): there[name] for name in there.keys() - {"revision"}}
@@ -109,8 +109,8 @@ class RunDir:
                 differ.append(f"{name}={there.get(name)!r} there, {here.get(name)!r} here")
         if differ:
             raise UsageError(
-                f"out_dir={self.run.config.out_dir} holds another run ({'; '.join(differ)}): "
-                "choose another --out_dir or remove it"
+                f"out_dir={self.run.config.out_dir}: holds another run ({'; '.join(differ)}); "
+                "choose another --out_dir, or remove the folder"
             )
 
     # --- the checkpoint
@@ -138,7 +138,7 @@ class RunDir:
         if not torch.stack(norms).isfinite().all():
             raise UsageError(
                 f"the weights are not finite at step {done}: {self.path('ckpt.pt')} holds the last "
-                "good state; lower lr, or try precision=fp32"
+                "good state; use a lower --lr or --precision=fp32, and another --out_dir"
             )
         self.wait()
         facts = dict(config=asdict(run.config), step=done, images=self.n_images)
@@ -151,15 +151,15 @@ class RunDir:
             self._write(done, files, is_last)
 
     def wait(self):
-        """Wait until a checkpoint in hand is written; raise what stopped the thread."""
+        """Wait until the thread has written its checkpoint; raise its error, if any."""
         while self.writing:
             self.writing.pop().result()
 
     def _write(self, done, files, is_last=False):
         """Write {name: content}, each file whole or not at all.
 
-        If the disk refuses, the last checkpoint stands and the run goes on: there may be room at
-        the next one. UsageError if there is no next one.
+        If that fails, the last checkpoint stays and the run continues: the next one may succeed.
+        UsageError if there is no next one.
         """
         try:
             os.makedirs(self.run.config.out_dir, exist_ok=True)  # someone may have removed it
@@ -170,9 +170,9 @@ class RunDir:
             cause = error.strerror or error
             problem = f"no checkpoint after step {done}: {self.run.config.out_dir}: {cause}"
             if is_last:
-                fix = "make room, then the same command continues from the last one"
+                fix = "make room; the same command continues from the last checkpoint"
                 raise UsageError(f"{problem}; {fix}") from None
-            fix = "the last good one stands, the next is tried in its turn"
+            fix = "the last good one stands; the run continues and saves again later"
             tqdm.write(f"WARNING: {problem}; {fix}")
 
     def restore(self):
@@ -202,8 +202,8 @@ class RunDir:
         self._refuse_other(checkpoint["config"])
         if checkpoint["images"] != self.n_images:
             raise UsageError(
-                f"{run.config.data} has {self.n_images} images, and had {checkpoint['images']} "
-                f"when {path} was written: put them back, or choose another --out_dir"
+                f"data={run.config.data}: has {self.n_images} images, not {checkpoint['images']} "
+                f"as when {path} was written; restore them, or choose another --out_dir"
             )
         run.load(checkpoint)
         self.step = checkpoint["step"]
@@ -211,7 +211,7 @@ class RunDir:
     # --- the log
 
     def log(self, **numbers):
-        """Append a line to log.jsonl, whole or not at all; if the disk refuses, go on without."""
+        """Append a line to log.jsonl, whole or not at all; if that fails, warn and continue."""
         if not self.run.here.is_main:
             return
         path = self.path("log.jsonl")

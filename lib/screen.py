@@ -1,4 +1,4 @@
-"""What a person sees before a run trains: the first screen and views.png."""
+"""What you see before a run trains: the first screen and views.png."""
 
 from dataclasses import asdict
 
@@ -13,7 +13,7 @@ import augment
 
 
 def first_screen(run, step, train_set):
-    """Say what is about to be trained, on what, and how."""
+    """Return the first screen: what will be trained, on which data, and how."""
     config, here = run.config, run.here
     lines = [f"revision {revision() or 'unknown'}; options other than the defaults:", ""]
     for option in changed_options(config):
@@ -30,7 +30,7 @@ def first_screen(run, step, train_set):
     share = config.batch_size // here.world
     size = data.part_size(share, config.max_batch_per_gpu)
     classes = f", {len(train_set.classes)} classes" if train_set.classes else ", no labels"
-    where = f"read by {data.loading_workers(config.workers)} processes a rank"
+    where = f"read by {data.loading_workers(config.workers)} processes per rank"
     if train_set.pixels is not None:
         where = "in memory"
     lines += [
@@ -51,7 +51,7 @@ def first_screen(run, step, train_set):
         lines.append(f"a new schedule from the weights of {config.init_from}")
     if run.total < config.epochs * run.steps_per_epoch:
         lines.append(f"max_steps: ends after {run.total} steps, schedules scaled to them")
-    lines.append(f"look at {config.out_dir}/: views.png now, log.jsonl and curves.png as it goes")
+    lines.append(f"look at {config.out_dir}/: views.png now, log.jsonl and curves.png later")
     return "\n".join([*lines, ""])
 
 

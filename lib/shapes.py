@@ -1,8 +1,8 @@
 """The built-in images: shapes on varied backgrounds, with masks, and videos of them.
 
-The class is the shape; no shape looks the same upside down or on its side. What is cheap to see and
-stays the same in all views of an image goes with the class, with exceptions, as in the world: of
-`shapes` that is the polarity (light or dark), of `shapes20k` also two hues and stripes.
+The class is the shape; no shape looks the same upside down or on its side. As in the world, easy
+attributes that all views of an image share go with the class, with exceptions: in `shapes` the
+polarity (light or dark), in `shapes20k` also two hues and stripes.
 Everything is a function of (seed, split, index), so nothing is downloaded or stored.
 """
 
@@ -85,7 +85,7 @@ def shape_facts(seeds, labels, in_color=False):
 
 
 def _attribute(of_class, n, drawn):
-    """Return of_class (m,) in 0 .. n - 1, or, in EXCEPTIONS, what drawn (m,) in 0 .. 1 says."""
+    """Return of_class (m,) in 0 .. n - 1; a share EXCEPTIONS is set by drawn (m,) in 0 .. 1."""
     drawn = drawn / EXCEPTIONS
     return torch.where(drawn < 1, (drawn * n).long(), of_class)
 
@@ -102,7 +102,7 @@ def _grays(u, labels):
 
 
 def _colors(u, labels):
-    """Return colors and stripes that each tell something of the class; together all of it."""
+    """Return colors and stripes. Each tells a part of the class, together they tell all."""
     is_light = _attribute(labels % 2, 2, u[:, 24])
     back_hue = _attribute(labels // 2, HUES, u[:, 25]) + 0.4 * (u[:, 28] - 0.5)
     front_hue = _attribute(labels % HUES, HUES, u[:, 26]) + 0.4 * (u[:, 29] - 0.5)

@@ -1,4 +1,4 @@
-"""The head of SimSiam and of the paper's DDCL, in the place of DINO's."""
+"""The head of SimSiam and of the paper's DDCL, in place of DINO's head."""
 
 import torch
 import torch.nn as nn

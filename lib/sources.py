@@ -32,7 +32,7 @@ def open_images(data, split, classes="", root="data", download=False, img_size=6
     folder = Path(data)
     built_in = (*COUNTS, *TORCHVISION)
     if classes and data in built_in:
-        raise UsageError(f"classes={classes}: {data} has none to choose from; remove --classes")
+        raise UsageError(f"classes={classes}: {data} has no class folders; remove --classes")
     if data in COUNTS:
         return shapes(split, img_size, name=data)
     if data in TORCHVISION:
@@ -64,7 +64,7 @@ def _torchvision_images(name, split, root, download):
         raise UsageError(f"data={name}: torchvision needs: pip install {error.name}") from None
     except Exception as error:  # anything, where an archive is damaged
         why = f"not in {root}/, or damaged ({reason(error)})"
-        fix = "--download=True fetches it, --data_root=... is where it lies"
+        fix = "use --download=True, or --data_root=FOLDER if it is elsewhere"
         raise UsageError(f"data={name}: {why}; {fix}") from None
     first = pieces[0]
     if hasattr(first, "data"):  # STL10 (N, 3, H, W) or CIFAR (N, H, W, 3)
@@ -77,8 +77,8 @@ def _torchvision_images(name, split, root, download):
         paths += map(str, piece._images if hasattr(piece, "_images") else piece._image_files)
         labels += piece._labels
     if any(not 0 <= label < len(first.classes) for label in labels):
-        raise UsageError(f"data={name}: labels outside of its classes; fetch {name} again")
-    return file_images(paths, labels, first.classes, f"fetch {name} again")
+        raise UsageError(f"data={name}: has labels without a class; download {name} again")
+    return file_images(paths, labels, first.classes, f"download {name} again")
 
 
 def _find_images(folder, classes):
@@ -89,8 +89,9 @@ def _find_images(folder, classes):
     there = set(found)
     for name in classes:
         if labels[name] not in there:
-            why = f"class folder {name} holds no images" if name else "no images in it"
-            raise UsageError(f"{folder}: {why} ({' '.join(EXTENSIONS)}); add some or remove it")
+            why = f"class folder {name} holds no images" if name else "holds no images"
+            fix = "add some or remove it" if name else "give a folder of images"
+            raise UsageError(f"{folder}: {why} ({' '.join(EXTENSIONS)}); {fix}")
     return paths, found
 
 
@@ -119,7 +120,7 @@ def _cub_archive(folder, split):
         raise UsageError(f"{folder}: {reason(error)}; {again}") from None
     fit = np.array_equal(ids, label_ids) and np.array_equal(ids, split_ids)
     if not fit or not set(is_train) <= {"0", "1"}:
-        raise UsageError(f"{folder}: the ids of its three lists do not fit together; {again}")
+        raise UsageError(f"{folder}: the ids of its three lists do not match; {again}")
     check_inside(paths, folder / "images.txt")
     _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
     classes = [os.path.dirname(path) for path in paths[first]]
@@ -129,7 +130,7 @@ def _cub_archive(folder, split):
 
 
 def check_inside(names, listed):
-    """Raise UsageError if a name from the list `listed` leads out of the folder it is meant for."""
+    """Raise UsageError if a name in the list `listed` is a path out of its folder."""
     for name in names:
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise UsageError(f"{listed}: {name} leads out of its folder; unpack the archive again")
@@ -140,18 +141,18 @@ def _read_lines(path, option):
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not a text file"
-        raise UsageError(f"{option}={path}: {why}; give a list, one name a line") from None
+        raise UsageError(f"{option}={path}: {why}; give a text file, one name per line") from None
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def read_classes(path):
-    """Read a class list: one folder name a line; after a blank, and in # lines, are comments."""
-    shipped = Path(__file__).parents[1] / path  # as configs name theirs, wherever one starts them
+    """Read a class list: one folder name per line. Text after a blank and # lines are comments."""
+    shipped = Path(__file__).parents[1] / path  # so configs work from any current folder
     lines = _read_lines(path if os.path.exists(path) else shipped, "classes")
     names = [line.split()[0] for line in lines]
     if not names or len(set(names)) < len(names):
-        why = "a class is listed twice" if names else "lists no class"
-        raise UsageError(f"classes={path}: {why}; one folder name a line")
+        why = "lists a class twice" if names else "lists no class"
+        raise UsageError(f"classes={path}: {why}; write one folder name per line")
     return names
 
 
@@ -180,15 +181,15 @@ def stratified_share(labels, share, seed):
 def indices_in_list(images, path):
     """Return indices of the images that a list names, as n01440764_10043.JPEG (SimCLR's subsets).
 
-    Lines of classes that the data do not have are ignored. UsageError if another is missing.
+    Lines of other classes are ignored. UsageError if an image of the data's classes is missing.
     """
     names = {line.strip() for line in _read_lines(path, "subset_list")}
     index = {os.path.basename(images.name(i)): i for i in range(len(images))}
     wanted = sorted(name for name in names if name.rsplit("_", 1)[0] in images.classes)
     missing = [name for name in wanted if name not in index]
     if missing or not wanted:
-        why = f"none of its lines is of a class of the data, such as {images.classes[0]}"
+        why = f"names no image of the data's classes, such as {images.classes[0]}"
         if missing:
             why = f"{len(missing)} of its images are not in the data, such as {missing[0]}"
-        raise UsageError(f"subset_list={path}: {why}; without a list a stratified share is taken")
+        raise UsageError(f"subset_list={path}: {why}; fix the list, or remove --subset_list")
     return np.array(sorted(index[name] for name in wanted))

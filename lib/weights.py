@@ -13,13 +13,13 @@ import torch
 from model import BACKBONES, RESNETS, build_backbone
 
 HEADS = ("head.", "fc.", "classifier.head.")  # published classifiers, DINO's projection head
-# VMamba has saved its linear maps as 1 x 1 convolutions, too
+# some versions of VMamba save these as 1 x 1 convolutions
 LINEAR = (".in_proj.weight", ".out_proj.weight", ".fc1.weight", ".fc2.weight")
 COUNTER = "num_batches_tracked"  # of batch norm; PyTorch before 0.4.1 did not save it
 
 
 def load_backbone(path, part="teacher"):
-    """Load a backbone from a run's ckpt.pt or backbone.pt, or published weights; print which.
+    """Load a backbone from a run's ckpt.pt or backbone.pt, or published weights; print its name.
 
     part: 'teacher' or 'student', if the file holds both. Strict: names and shapes are those of one
     of BACKBONES; only classifiers and projection heads are left out.
@@ -33,10 +33,11 @@ def load_backbone(path, part="teacher"):
         config = beside
     arch, facts = _recognize(state, path, config.get("arch"))
     if config.get("arch") != arch and config is not beside:
-        raise UsageError(f"{path}: its config says {config['arch']}, its weights are a {arch}'s")
+        cause = f"its config says {config['arch']}, but its weights are of {arch}"
+        raise UsageError(f"{path}: {cause}; give another file")
     config = config if config.get("arch") == arch else dict(arch=arch, **facts)
     if config.get("method") in ("dino", "simsiam"):
-        config["ratio"] = 1.0  # they do not split, whatever older files say
+        config["ratio"] = 1.0  # they have no split, but older files may say 0.8
     backbone = build_backbone(arch, **facts)
     counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
@@ -62,13 +63,13 @@ def _backbone_weights(checkpoint, part, path):
     if isinstance(checkpoint, dict):
         parts = [name for name in ("student", "teacher") if name in checkpoint]
         if parts and part not in parts:
-            raise UsageError(f"{path}: no part {part!r}; there is {', '.join(parts)}")
+            raise UsageError(f"{path}: no part {part!r}; give part={parts[0]!r}")
         wrapped = [n for n in ("state_dict", "model") if isinstance(checkpoint.get(n), dict)]
         names = [part] if parts else wrapped
         state = checkpoint[names[0]] if names else checkpoint
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         kind = type(state).__name__
-        raise UsageError(f"{path}: holds a {kind}, no weights by name; give a state dict")
+        raise UsageError(f"{path}: holds a {kind}, not weights by name; give a state dict")
     state = {name.removeprefix("module."): x for name, x in state.items()}
     ours = [name for name in state if name.startswith("backbone.")] or state
     state = {name.removeprefix("backbone."): state[name] for name in ours}
@@ -81,7 +82,7 @@ def _backbone_weights(checkpoint, part, path):
 def _recognize(state, path, first):
     """Return the arch with these names and shapes, and build_backbone's options for it.
 
-    first: the arch to try first, for two may have the same.
+    first: the arch to try first, because two may have the same shapes.
     """
     shapes = {name: tuple(getattr(x, "shape", "-")) for name, x in state.items()}
     patch = shapes.get("patch_embed.proj.weight", ())  # (D, 3, P, P)
@@ -104,5 +105,5 @@ def _recognize(state, path, first):
     wrong = differing[nearest]
     some = f"{len(wrong)} entries differ, such as {', '.join(wrong[:3])}"
     raise UsageError(
-        f"{path}: not the weights of a backbone known here; nearest is {nearest}, where {some}"
+        f"{path}: not the weights of a known backbone; nearest is {nearest}, where {some}"
     )

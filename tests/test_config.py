@@ -82,9 +82,9 @@ def test_a_value_may_stand_behind_a_space(tmp_path):
         ("--batch_size=0", "must be between"),
         ("--epochs=0", "epochs=0: must be between"),
         ("--local_crops=81", "local_crops=81: must be between 0 and 80"),
-        ("--local_scale=(0.5,)", "two shares"),
-        ("--local_scale=(0.5, None)", "two shares"),
-        ("--local_scale=0.5", "several values"),
+        ("--local_scale=(0.5,)", "must be low,high"),
+        ("--local_scale=(0.5, None)", "must be low,high"),
+        ("--local_scale=0.5", "a list of numbers"),
         ("--global_scale=(0.9, 0.1)", "0 < low <= high"),
         ("nowhere.py", "No such file"),
         ("--config=nowhere.json", "No such file"),
@@ -125,10 +125,10 @@ def test_no_integer_beyond_64_bits(field, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--lr"], "--lr: write it --lr=value"),
-        (["--blur", "--epochs=3"], "--blur: write it --blur=value"),
+        (["--lr"], "--lr: has no value; write --lr=value"),
+        (["--blur", "--epochs=3"], "--blur: has no value; write --blur=value"),
         (["--lam"], "did you mean 'lambda_preg'?"),
-        (["a.py", "b.py"], "one config file per run"),
+        (["a.py", "b.py"], "give one config file"),
     ],
 )
 def test_a_missing_value_is_one_line(argv, message):
@@ -157,7 +157,7 @@ def test_a_config_json_gives_its_options_but_for_facts_of_its_machine(tmp_path):
 def test_one_config_file_per_run(tmp_path):
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text("lr = 1e-3\n")
-    assert "one config file per run" in refusal(Config, tmp_path / "a.py", tmp_path / "b.py")
+    assert "give one config file" in refusal(Config, tmp_path / "a.py", tmp_path / "b.py")
 
 
 @pytest.mark.parametrize("old, new", RENAMED.items())
@@ -208,7 +208,7 @@ def test_help_marks_what_the_config_file_sets(tmp_path, capsys):
     with pytest.raises(SystemExit):
         configure(Config, [str(tmp_path / "c.py"), "--help"], **CHOICES)
     text = capsys.readouterr().out
-    assert "\n* the config file's value, not the default\n" in text
+    assert "\n* set by the config file, not the default\n" in text
     assert "  --lr=0.1 * " in text and "  --blur=False * " in text
     assert "  --seed=0  " in text and text.count(" * ") == 2  # 0 is the default
 

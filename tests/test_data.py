@@ -200,7 +200,7 @@ def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
         cached.read(bad)
     assert cached.name(bad) == images.name(bad) and str(error.value)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
-    with pytest.raises(UsageError, match=r"take about .* GB, .* are free: remove --cache=ram"):
+    with pytest.raises(UsageError, match=r"needs about .* GB .*are free; remove --cache=ram"):
         data.cache_in_ram(images, "tree", 2)
 
 
@@ -246,18 +246,18 @@ def test_folders(folder, tmp_path):
     [
         (lambda t: dict(data=str(t / "nowhere")), "no such folder"),
         (lambda t: dict(data="shape"), "did you mean 'shapes'"),
-        (lambda t: dict(data=str(t)), "no images in it"),
+        (lambda t: dict(data=str(t)), "holds no images"),
         (lambda t: (t / "train").mkdir() or dict(data=str(t)), "holds no class folders"),
         (
             lambda t: (t / "train" / "cat").mkdir(parents=True) or dict(data=str(t)),
             "holds no images",
         ),
-        (lambda t: dict(data="shapes", classes="x.txt"), "shapes has none"),
+        (lambda t: dict(data="shapes", classes="x.txt"), "shapes has no class folders"),
         (
             lambda t: (t / "c.txt").write_text("") or dict(data=str(t), classes=str(t / "c.txt")),
             "no train/CLASS folders",
         ),
-        (lambda t: dict(data="cifar10", root=str(t)), "--download=True fetches it"),
+        (lambda t: dict(data="cifar10", root=str(t)), "use --download=True"),
     ],
 )
 def test_unusable_data_is_one_line(tmp_path, make, message):
@@ -283,7 +283,7 @@ def test_a_class_list_that_does_not_match_is_refused(folder, tmp_path):
     for content, message in (
         ("key\nzebra\n", "1 of the 2 classes .* such as zebra"),
         ("", "lists no class"),
-        ("key\nkey\n", "listed twice"),
+        ("key\nkey\n", "lists a class twice"),
     ):
         path.write_text(content)
         with pytest.raises(UsageError, match=message):

@@ -484,7 +484,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_finished_one_says_so(f
     if first.poll() is None:
         assert (
             second.returncode == 2
-            and "another run is at work there" in second.stderr
+            and "another run is writing to it" in second.stderr
             and second.stderr.count("\n") == 1
         )
     assert ended(first)[0] == 0
@@ -606,7 +606,7 @@ LINEAR = eval_linear.main
 SEG = eval_seg.main
 MISTAKES = {  # (script, its arguments, what the one line says)
     "a mistyped option": (TRAIN, lambda t: ["--ratoi=0.7"], "did you mean 'ratio'"),
-    "no value": (TRAIN, lambda t: ["--ratio"], "write it --ratio=value"),
+    "no value": (TRAIN, lambda t: ["--ratio"], "write --ratio=value"),
     "a word for a number": (TRAIN, lambda t: ["--epochs=many"], "must be of type int"),
     "not a number": (TRAIN, lambda t: ["--lr=nan"], "must be of type float"),
     "code for a number": (
@@ -623,7 +623,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "two configs": (
         TRAIN,
         lambda t: ["configs/demo.py", "configs/demo.py"],
-        "one config file per run",
+        "give one config file",
     ),
     "a config that breaks": (
         TRAIN,
@@ -636,7 +636,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
         "unknown option 'learning_rate'",
     ),
     "no such folder": (TRAIN, lambda t: [f"--data={t / 'nowhere'}"], "no such folder"),
-    "an empty folder": (TRAIN, lambda t: [f"--data={t}"], "no images in it"),
+    "an empty folder": (TRAIN, lambda t: [f"--data={t}"], "holds no images"),
     "a file for a folder": (TRAIN, lambda t: [f"--data={jpeg(t / 'a.jpg')}"], "no such folder"),
     "classes without images": (
         TRAIN,
@@ -682,7 +682,7 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "weights of another backbone": (
         TRAIN,
         lambda t: [f"--init_from={stored(t / 'a.pt', dict(x=torch.zeros(2)))}"],
-        "not the weights of a backbone",
+        "not the weights of a known backbone",
     ),
     "a checkpoint with a payload": (
         TRAIN,
@@ -697,12 +697,12 @@ MISTAKES = {  # (script, its arguments, what the one line says)
     "a folder of another program": (
         TRAIN,
         lambda t: [f"--out_dir={written(t / 'config.json', b'[1, 2]').parent}"],
-        "is not a run's",
+        "not the config.json of a run",
     ),
     "half a config.json": (
         TRAIN,
         lambda t: [f"--out_dir={written(t / 'config.json', b'{').parent}"],
-        "is not a run's",
+        "not the config.json of a run",
     ),
     "a checkpoint of another program": (
         TRAIN,

@@ -224,7 +224,7 @@ def test_two_models_of_a_method_and_an_untrained_one(tmp_path):
         *(("untrained", "full"), ("clever", "ef"), (paths[1], "ef"))
     ]
     save(tmp_path / "c", run_config(arch="resnet18", method="dino"), "resnet18")
-    with pytest.raises(UsageError, match="compare like with like"):
+    with pytest.raises(UsageError, match="must be equal; remove --compare"):
         open_models(paths[0], tmp_path / "c" / "ckpt.pt")
 
 
@@ -232,7 +232,7 @@ def test_a_part_that_no_model_has_is_an_error(tmp_path):
     save(tmp_path / "run", run_config(method="dino"))
     models = open_models(tmp_path / "run" / "ckpt.pt")
     assert evaluation.chosen_parts(models, "", "x") == [("dino", "full")]
-    for part, message in (("ef", "x knows no split.*--ratio"), ("fulll", "full, ir, ef .*'full'")):
+    for part, message in (("ef", "x has no split.*--ratio"), ("fulll", "full, ir, ef .*'full'")):
         with pytest.raises(UsageError, match=message):
             evaluation.chosen_parts(models, part, "x")
 
@@ -243,7 +243,7 @@ def test_the_ratio_of_a_bare_backbone_is_an_option(tmp_path):
     [model] = open_models(tmp_path / "x.pt", ratio=0.25)
     assert evaluation.chosen_parts([model], "ef", "x") == [(model.row, "ef")] and model.d_ir == 32
     save(tmp_path / "run", run_config(ratio=0.5))
-    with pytest.raises(UsageError, match=r"ratio=0\.25: .*was trained with 0\.5; remove it"):
+    with pytest.raises(UsageError, match=r"ratio=0\.25: .*has ratio=0\.5; remove --ratio"):
         open_models(tmp_path / "run" / "ckpt.pt", ratio=0.25)
 
 

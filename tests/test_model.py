@@ -115,7 +115,7 @@ def test_stem_is_small_for_small_images_unless_given(arch, img_size, stem):
         assert network.backbone.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
         given = model.build_network(tiny_config(arch=arch, img_size=img_size, stem="imagenet"))
         assert given.backbone.conv1.kernel_size == (7, 7)
-    with pytest.raises(UsageError, match="only ResNets have"):
+    with pytest.raises(UsageError, match="only for a ResNet"):
         model.build_backbone("vit_micro", stem="small")
 
 
@@ -418,7 +418,7 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path, monkeypatch):
         "part without names": ({"teacher": torch.zeros(1)}, "no weights by name"),
         "not weights": ([1, 2], "holds a list"),
         "empty": ({}, "not the weights"),
-        "no such part": ({"teacher": vit}, "no part 'student'; there is teacher"),
+        "no such part": ({"teacher": vit}, "no part 'student'; give part='teacher'"),
         "other arch": (
             {"config": {"arch": "vit_tiny"}, "teacher": vit},
             "its config says vit_tiny",

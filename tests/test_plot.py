@@ -36,7 +36,7 @@ def test_curves_are_drawn_into_the_first_runs_folder(tmp_path, capsys):
 
 
 def test_what_is_missing_is_told_in_a_line(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="RUN"):
+    with pytest.raises(UsageError, match="OUT_DIR"):
         plot.main([])
     with pytest.raises(UsageError, match=r"log\.jsonl: No such file.*; give the out_dir"):
         plot.main([str(tmp_path)])

@@ -451,7 +451,7 @@ def test_davis_from_its_folders(ckpt, tmp_path, capsys):
     )
     assert (
         "broken: skipped" in said
-        and "lost: skipped, holds no frames" in said
+        and "lost: skipped, has no frames" in said
         and "object 7 not in the first annotation" in said
     )
     assert "| clever, ef " in said and "J&F" in said
@@ -513,7 +513,7 @@ def test_real_frames(ckpt, tmp_path, capsys):
     )
     assert (
         "14 of 14 frames between first and last have no annotation" in said
-        and "no truth to compare with" in said
+        and "no ground truth" in said
         and result["rows"] == []
     )
     masks = sorted((tmp_path / "masks/clever_full/judo").iterdir())
@@ -544,12 +544,11 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
     )
     assert (
         "torn: skipped" in said
-        and "tiny: clever finds no foreground in it, the image is a single patch" in said
+        and "tiny: clever finds no foreground: the image is a single patch" in said
         and "3: mask of 32x32 resized" in said
     )
     assert (
-        "2 of 7 have no truth to compare with: segmented, not measured" in said
-        and "no foreground in " in said
+        "2 of 7 have no ground truth: segmented, not scored" in said and "no foreground: " in said
     )
     written = {
         path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "masks/clever").iterdir()
@@ -667,14 +666,14 @@ def test_maps_of_other_backbones(name, tmp_path, capsys):
     [
         ([], "no checkpoint given"),
         (["--task=davsi"], "did you mean 'davis'"),
-        (["--task=davis", "--image=x.jpg"], "one picture is for"),
+        (["--task=davis", "--image=x.jpg"], "only for --task=saliency"),
         (["--part=ir"], "TokenCut compares keys"),
         (
             ["CKPT", "--task=davis", "--data=nowhere"],
-            "give the folder that holds DAVIS's JPEGImages",
+            "give the folder of DAVIS",
         ),
         (["CKPT", "--data=nowhere"], "name them img/ and gt/"),
-        (["CKPT", "--image=nowhere.jpg"], "not one of 1 could be read"),
+        (["CKPT", "--image=nowhere.jpg"], "none of 1 could be read"),
         (["CKPT", "--topk=0"], "must be between"),
         (["CKPT", "--out=nowhere"], "no such folder"),
     ],

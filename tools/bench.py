@@ -1,9 +1,9 @@
-"""How fast we are, and against what: each row times our path and a plain reference, in turns.
+"""How fast is this code? Each row times our code and a plain reference, in turns.
 
     python tools/bench.py                    all rows, one to two minutes each on two CPU cores
     python tools/bench.py --rows=step        rows whose name contains 'step'
     python tools/bench.py --json=bench.json  also to a file
-    python tools/bench.py --profile=True --rows=vit_tiny      instead: where our side's time goes
+    python tools/bench.py --profile=True --rows=vit_tiny      instead: where our time goes
 
 Reference: the same mathematics as the published scripts write it. A step in fp32, losses by a loop
 over pairs, every token through the last block, clipping and EMA by a loop over parameters; views
@@ -65,11 +65,11 @@ class BenchConfig:
     """Options of bench.py."""
 
     rows: str = option("", "only rows whose name contains this")
-    data: str = option("", "folder of JPEGs for the end-to-end row; without one they are made")
+    data: str = option("", "folder of JPEGs for the end-to-end row; default: generated ones")
     repeats: int = option(7, "calls of each side after one warm-up; medians are compared", 1, 1000)
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
     json: str = option("", "also write the rows to this file")
-    profile: bool = option(False, "instead: share out our side's time among PyTorch's operators")
+    profile: bool = option(False, "instead: print our time for each of PyTorch's operators")
 
 
 class Row(NamedTuple):
@@ -98,7 +98,7 @@ def must_agree(ours, reference, rtol):
         a, b = (torch.as_tensor(x).detach().cpu().double() for x in pair)
         if not (a - b).abs().mean() <= rtol * b.abs().mean():
             message = f"ours gives {a.mean():.6g} on average, the reference {b.mean():.6g}"
-            raise UsageError(f"{message}; a comparison of speed would mean nothing")
+            raise UsageError(f"{message}; the results must agree before speeds are compared")
 
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def step_row(device, size, n):
 
 
 def step_without_row(device, what, n=128):
-    """What 'compiled blocks' or the 'side stream' of the views bring a GPU; reference: without."""
+    """What 'compiled blocks' or the 'side stream' of the views gain on a GPU, against without."""
     size = Size("vit_small", 16, 224, 96, 65536)
     batch = random_batch(device, n)
     without = {"compile": False} if what == "compiled blocks" else {}
@@ -278,7 +278,7 @@ def step_and_data_row(device):
 def busy_step_row(device):
     """The demo's step beside one busy process; reference: alone, on half the threads.
 
-    That is the fair share on two cores. Where threads wait by spinning it is a tenth of it.
+    That is the fair share on two cores. If waiting threads spin, it is a tenth of that.
     """
     run, _, batch = demo_step(device)
     threads = torch.get_num_threads()
@@ -662,7 +662,7 @@ def table_line(row):
 
 
 def prepare(device):
-    """Do to this process what training does to its own."""
+    """Set up this process as training does."""
     if device.type == "cpu":
         processor.keep_freed_memory()
 
@@ -794,9 +794,9 @@ def main(argv):
     known = rows(device, config.data)
     chosen = {name: make for name, make in known.items() if config.rows in name}
     if not chosen:
-        raise UsageError(f"rows={config.rows}: there is no such row; there are {'; '.join(known)}")
+        raise UsageError(f"rows={config.rows}: no such row; choose from {'; '.join(known)}")
     if config.data and not os.path.isdir(config.data):
-        raise UsageError(f"data={config.data}: no such folder; remove --data, and JPEGs are made")
+        raise UsageError(f"data={config.data}: no such folder; omit --data to use generated JPEGs")
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist; create it")
     if config.profile:

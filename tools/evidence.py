@@ -13,10 +13,10 @@ by image and seed by seed. Its intervals, of 95 % each:
 over seeds: Student's t of the seeds' differences; what other runs would give on these images.
 over images: the normal interval of the images' differences, averaged over seeds; what these runs
   would give on other images.
-over both, 95 % or more: its half width is the root of the sum of squares of the two. What gives
-  one number a seed (view shares, R2, eval_seg.py) has seeds alone.
+over both, 95 % or more: its half width is the root of the sum of squares of the two. Measures
+  with one number per seed (view shares, R2, eval_seg.py) have the interval over seeds only.
 The headline claims, M of them, are corrected for their number: over both, of 1 - 5 % / M
-(Bonferroni), so that of M true zeros one or more would be off its interval in 5 % of all cases.
+(Bonferroni). If all M true differences are 0, one or more miss 0 in at most 5 % of cases.
 
 The verdict goes by the interval over both:
 reproduced              it is above 0; "smaller" if it is also below the paper's effect
@@ -24,7 +24,7 @@ contradicted            it is below 0
 no difference above D   it is within -D .. D, points (two one-sided tests; D = SMALLEST)
 paper's size excluded   it holds 0 and is below the paper's effect
 undecided               none of these
-A single seed tells only which side is ahead on its images.
+With a single seed the verdict tells only which side is ahead on its images.
 """
 
 import functools
@@ -185,8 +185,8 @@ def scores_of(path):
             name = (task, *measure, row["row"], row["part"])
             if name in found:
                 raise UsageError(
-                    f"{path}: holds two rows of {', '.join(name)}; give each evaluation of a seed "
-                    "once, another a folder of its own (--out)"
+                    f"{path}: holds two rows of {', '.join(name)}; run each evaluation of a seed "
+                    "once, or with another --out"
                 )
             found[name] = scores
     return found
@@ -202,8 +202,8 @@ def seeds_of(folder):
         for path in glob.glob(os.path.join(folder, setting, "seed*", "results.json")):
             if setting not in SETTINGS:
                 raise UsageError(
-                    f"{path}: no claim is about a setting {setting!r}; "
-                    f"CLAIMS knows {', '.join(sorted(SETTINGS - {''}))}"
+                    f"{path}: unknown setting {setting!r}; rename the folder to one of "
+                    f"{', '.join(sorted(SETTINGS - {''}))}"
                 )
             scores = {(setting, *name): values for name, values in scores_of(path).items()}
             seeds.setdefault(os.path.basename(os.path.dirname(path)), {}).update(scores)
@@ -252,7 +252,7 @@ def compare(claim, seeds, n_claims=1):
     if len({len(side) for sides in found for side in sides}) > 1:
         raise UsageError(
             f"{', '.join(claim.measure)}: {' and '.join(claim.in_words())} were tested on "
-            "different numbers of images, or their seeds were; evaluate all on the same"
+            "different numbers of images; evaluate all sides and seeds on the same images"
         )
     better, worse, *beyond = np.array(found).transpose(1, 0, 2)  # (S, n) each
     if beyond:  # a gain against a gain
@@ -379,7 +379,7 @@ def draw_held(rows, path):
 
 
 def new_figure(size):
-    """Return matplotlib's Figure; UsageError where it is not installed."""
+    """Return matplotlib's Figure; UsageError if it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -388,7 +388,7 @@ def new_figure(size):
 
 
 def save(figure, path):
-    """Write a picture; UsageError where that is impossible."""
+    """Write a picture; UsageError if that fails."""
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
@@ -438,8 +438,8 @@ def main(argv):
     seeds = seeds_of(config.runs)
     if not seeds:
         raise UsageError(
-            f"runs={config.runs}: holds no seed*/results.json, nor SETTING/seed*/results.json; "
-            "eval_linear.py writes one with --save_correct=True --out=.../seed0"
+            f"runs={config.runs}: no seed*/results.json or SETTING/seed*/results.json in it; "
+            "to make one, run eval_linear.py with --save_correct=True --out=.../seed0"
         )
     if config.views:
         rows = list(held_rows(seeds))
@@ -449,8 +449,8 @@ def main(argv):
     compared = [c for claim in CLAIMS if (c := compare(claim, seeds))]
     if not compared:
         raise UsageError(
-            f"runs={config.runs}: no claim has both its sides there, image by image; evaluate a "
-            "CLeVER run with --compare=the DINO run's ckpt.pt --save_correct=True"
+            f"runs={config.runs}: no claim has both its sides with per-image correctness; evaluate "
+            "a CLeVER run with --compare=DINO_CKPT --save_correct=True"
         )
     n = sum(c["claim"].is_headline for c in compared)
     compared = [compare(c["claim"], seeds, n) if c["claim"].is_headline else c for c in compared]

@@ -1,4 +1,4 @@
-"""How hard each term of the loss pulls: the lengths of its gradients at a run's last batch.
+"""How strong is each loss term? The lengths of its gradients for a run's last batch.
 
 python tools/gradients.py --ckpt=out/demo/ckpt.pt
 """
@@ -55,7 +55,7 @@ def lengths_of(saved):
 def main(argv):
     config = configure(GradientsConfig, argv)
     if not config.ckpt:
-        raise UsageError("no checkpoint given: --ckpt=out/demo/ckpt.pt")
+        raise UsageError("no checkpoint given; use --ckpt=out/demo/ckpt.pt")
     saved = read_checkpoint(config.ckpt)
     if saved["config"]["method"] not in ("clever", "dino"):
         raise UsageError(f"ckpt={config.ckpt}: of {saved['config']['method']}; give clever or dino")

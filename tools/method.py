@@ -104,7 +104,7 @@ def main(argv):
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("method.py needs matplotlib: pip install matplotlib") from None
+        raise UsageError("the picture needs matplotlib: pip install matplotlib") from None
     with rc_context({"font.size": 10.5}):
         figure = Figure(figsize=(9, 9 * HEIGHT / WIDTH), facecolor="white")
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))

@@ -3,8 +3,8 @@
     python tools/plot.py out/demo                  writes out/demo/curves.png
     python tools/plot.py out/demo out/demo_dino    both in one picture, out/demo/compared.png
 
-A line style is a part of the representation, a color is a run; of a single run a part. Needs
-matplotlib.
+The line style shows the part of the representation. The color shows the run; with a single run it
+shows the part. Needs matplotlib.
 """
 
 import os
@@ -19,7 +19,7 @@ from lib.machine import run_main
 
 def main(argv):
     if not argv or argv[0].startswith("-"):
-        raise UsageError("usage: python tools/plot.py RUN [RUN ...], each the out_dir of a run")
+        raise UsageError("no run given; use python tools/plot.py OUT_DIR [OUT_DIR ...]")
     print(curves.draw(argv))
 
 
