@@ -296,19 +296,19 @@ def shares_to_log(model, images, config, here):
 
 
 def verdict(shares):
-    """Say in a line for each split model whether ef keeps more of the view than matched ir."""
+    """Say in a line for each split model whether ef depends more on the view than matched ir.
+
+    "about as much as": the interval of the difference, over images, contains 0.
+    """
     lines = []
     for row in [row for row, part in shares if part == "ef"]:
         pairs = zip(shares[row, "ef"], shares[row, "ir[:d_ef]"])
-        words = []
+        found = []
         for (ef, of_ef), (ir, of_ir) in pairs:
             low, high = interval(of_ef - of_ir)
-            word = "more" if low > 0 else "less" if high < 0 else "no difference beyond chance"
-            words.append(f"{100 * ef:.1f} against {100 * ir:.1f} % ({word})")
-        lines.append(
-            f"{row}: share of the variance between views of an image, ef against as many "
-            f"dimensions of ir: {words[0]}, whitened {words[1]}"
-        )
+            more = "more than" if low > 0 else "less than" if high < 0 else "about as much as"
+            found.append(f"{more} ir[:d_ef] ({100 * ef:.1f} and {100 * ir:.1f} %)")
+        lines.append(f"{row}: ef depends on the view {found[0]}; whitened, {found[1]}")
     return lines
 
 

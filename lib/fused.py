@@ -78,6 +78,7 @@ def check_term(term):
     s = 5 * torch.randn(8, 16, generator=generator)
     values, name = term(q, s), getattr(term, "__name__", term)
     assert values.shape == (8,), f"{name}: must return (B,), returns {tuple(values.shape)}"
+    assert values.isfinite().all(), f"{name}: must be finite for random q and s, returns {values}"
     assert torch.allclose(term(q[:1], s[:1]), values[:1]), f"{name}: mixes the images of a batch"
     if term in losses.LINEAR_IN_Q:
         is_linear = torch.allclose(term(q + r, s), values + term(r, s), rtol=1e-4)

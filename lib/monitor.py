@@ -64,6 +64,7 @@ class Monitor:
         elif not self._was_evaluated(step):  # the run was stopped after the checkpoint, before this
             self.epoch_end(step)
         if step == run.total and run.here.is_main:
+            curves.draw_if_possible(run.config.out_dir)
             print(
                 f"{run.config.out_dir} is finished: nothing to train. To train longer, set "
                 "--epochs and another --out_dir: --epochs changes the whole schedule"
@@ -115,6 +116,7 @@ class Monitor:
         run, n = self.run, len(self.history["loss"])
         stacked = [torch.stack(values) for values in self.history.values()]
         means = [x.nan_to_num(math.nan, math.nan, math.nan).nanmean() for x in stacked]
+        means += [x[-1] for x in stacked]  # of the last step
         means = machine.mean_over_ranks(torch.stack(means))
         means, wait = start_copy(torch.cat([means.double(), run.skipped.double()]))
         if stops:
@@ -135,7 +137,10 @@ class Monitor:
             wait()
             *means, skipped, in_a_row = means.tolist()
             if in_a_row >= MAX_CONSECUTIVE_SKIPS:
-                refuse_to_skip_more(self.run, done - int(in_a_row), done - 1, len(self.train_set))
+                last = dict(zip(names, means[len(names) :]))
+                terms = [n for n in last if n.startswith("L_") and not math.isfinite(last[n])]
+                steps = done - int(in_a_row), done - 1
+                refuse_to_skip_more(self.run, *steps, len(self.train_set), terms)
             counts = {"skipped": int(skipped)} if skipped else {}
             self.numbers = dict(zip(names, means)) | counts | speed
             self.folder.log(step=done, epoch=done / self.run.steps_per_epoch, **self.numbers)
@@ -160,7 +165,8 @@ class Monitor:
         records = self.folder.records()
         warms_up = run.config.teacher_temp_epochs > 0  # then probabilities shrink by themselves
         if "dot_ef" in numbers and records and "dot_ef" in records[0] and not warms_up:
-            numbers["share_ef"] = collapse.share_of_lengths(records[0], numbers)
+            share = collapse.share_of_lengths(records[0], numbers)
+            numbers |= {} if math.isnan(share) else {"share_ef": share}
         self.folder.log(step=done, epoch=epoch, **numbers)
         if run.here.is_main:
             names = [n for n in numbers if n.startswith(("knn", "rank_", "view_share_", "norm"))]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lib import machine
-from lib.checkpoint import digest_of_weights
+from lib.checkpoint import digest, digest_of_weights
 from lib.config import UsageError
 
 import numpy as np
@@ -106,12 +106,15 @@ def read_results(path):
 
 
 def revision():
-    """Return git's name of this revision, such as 'a27829e-dirty', or None."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Return git's name of this revision; of changed code 'a27829e-dirty' and a digest; or None."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    commands = [[*git, "describe", "--always", "--dirty"], [*git, "diff", "HEAD", "--", "*.py"]]
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        name, diff = (subprocess.run(c, capture_output=True).stdout for c in commands)
     except OSError:  # no git on this machine
         return None
+    changed = f".{digest([diff])}" if diff else ""
+    return name.decode().strip() + changed or None
 
 
 def append_results(path, task, protocol, seconds, rows):

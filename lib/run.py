@@ -178,15 +178,21 @@ class Run:
         self.skipped[1] *= is_skipped
 
 
-def refuse_to_skip_more(run, first, last, n_images):
-    """Raise UsageError on every rank: in steps first .. last no gradient was finite."""
+def refuse_to_skip_more(run, first, last, n_images, terms):
+    """Raise UsageError on every rank: in steps first .. last no gradient was finite.
+
+    terms: names of the loss terms that are not finite either.
+    """
     config = run.config
     [samples] = data.Schedule(n_images, config.batch_size, config.seed, first, first + 1)
     names = ", ".join(str(i) for _, i in samples[:8])
+    cause = f"{', '.join(terms)} not finite either" if terms else "all loss terms are finite"
+    path = os.path.join(config.out_dir, "ckpt.pt")
+    good = f"{path} holds the last good state; " if os.path.exists(path) else ""
     raise UsageError(
-        f"steps {first} to {last}: no gradient was finite, all were skipped; step {first} saw "
-        f"samples {names} ...; {config.out_dir}/ckpt.pt holds the last good state; use a "
-        "lower --lr or --precision=fp32, and another --out_dir"
+        f"steps {first} to {last}: no gradient was finite ({cause}), all were skipped; step "
+        f"{first} saw samples {names} ...; {good}use a lower --lr or --precision=fp32, and another "
+        "--out_dir"
     )
 
 

@@ -73,13 +73,17 @@ class RunDir:
         """Lock the folder and write config.json; UsageError if it is another run's."""
         config = self.run.config
         path = self.path("config.json")
-        if os.path.exists(path) and self.step == 0:
-            there = None
+        now, there = revision(), {}
+        if os.path.exists(path):
             with open(path) as file, suppress(ValueError):
                 there = json.load(file)
-            if not isinstance(there, dict):
+        if os.path.exists(path) and self.step == 0:
+            if not isinstance(there, dict) or not there:
                 raise UsageError(f"{path}: not the config.json of a run; choose another --out_dir")
             self._refuse_other(there)
+        if self.step and there and there.get("revision", now) != now:
+            before = f"revision {there['revision']} wrote {config.out_dir}, this is {now}"
+            tqdm.write(f"NOTE: {before}: other code continues its weights")
         try:
             os.makedirs(config.out_dir, exist_ok=True)
             self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -87,7 +91,7 @@ class RunDir:
             if self.damaged:
                 os.replace(self.path(PREVIOUS), self.damaged)
             with open(path + ".partial", "w") as file:
-                json.dump(asdict(config) | dict(revision=revision()), file, indent=1)
+                json.dump(asdict(config) | dict(revision=now), file, indent=1)
             os.replace(path + ".partial", path)
         except OSError as error:
             cause = f"{error.strerror}; choose another"

@@ -1,6 +1,7 @@
 """What you see before a run trains: the first screen and views.png."""
 
 from dataclasses import asdict
+from importlib.util import find_spec
 
 from lib import data
 from lib.results import revision
@@ -51,15 +52,19 @@ def first_screen(run, step, train_set):
         lines.append(f"a new schedule from the weights of {config.init_from}")
     if run.total < config.epochs * run.steps_per_epoch:
         lines.append(f"max_steps: ends after {run.total} steps, schedules scaled to them")
-    lines.append(f"look at {config.out_dir}/: views.png now, log.jsonl and curves.png later")
+    later = "log.jsonl and curves.png later"
+    if not find_spec("matplotlib"):
+        later = "log.jsonl later; curves.png needs matplotlib: pip install matplotlib"
+    lines.append(f"look at {config.out_dir}/: views.png now, {later}")
     return "\n".join([*lines, ""])
 
 
 def changed_options(config):
     """Return ["name=value"] of the options that differ from the defaults; config.json has all."""
-    default = type(config)(out_dim=config.out_dim)
+    default = type(config)()
     elsewhere = {"device", "precision", "compile"}  # on other lines
     elsewhere |= set() if "resne" in config.arch else {"stem"}
+    elsewhere |= {"out_dim_ef"} if config.out_dim_ef == config.out_dim else set()
     names = [name for name in asdict(config) if name not in elsewhere]
     return [f"{n}={getattr(config, n)}" for n in names if getattr(config, n) != getattr(default, n)]
 

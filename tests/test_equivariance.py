@@ -204,8 +204,8 @@ def test_the_verdict_names_the_part_that_keeps_more():
     high, low = ((share, share + 0.01 * normal(500, seed=1)) for share in (0.6, 0.2))
     shares = {("m", "ef"): [high, low], ("m", "ir[:d_ef]"): [low, low], ("m", "full"): [low, low]}
     [line] = equivariance.verdict(shares)
-    assert "60.0 against 20.0 % (more)" in line
-    assert "20.0 against 20.0 % (no difference beyond chance)" in line
+    assert "more than ir[:d_ef] (60.0 and 20.0 %); whitened, about" in line
+    assert "about as much as ir[:d_ef] (20.0 and 20.0 %)" in line
     assert equivariance.verdict({("dino", "full"): [low, low]}) == []
 
 

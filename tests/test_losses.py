@@ -231,6 +231,9 @@ def test_a_pair_term_that_breaks_its_contract_is_refused(compute, monkeypatch):
     def of_the_batch(q, s):
         return losses.dot(q, s) - losses.dot(q, s).mean()
 
+    def not_finite(q, s):
+        return (q - 1).sqrt().sum(-1)
+
     def not_linear(q, s):
         return losses.dot(q, s).square()
 
@@ -240,6 +243,7 @@ def test_a_pair_term_that_breaks_its_contract_is_refused(compute, monkeypatch):
         (scalar, "must return"),
         (by_class, "must return"),
         (of_the_batch, "mixes the images"),
+        (not_finite, "must be finite"),
         (not_linear, "not linear"),
     ):
         with pytest.raises(AssertionError, match=message):

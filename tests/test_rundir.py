@@ -303,6 +303,17 @@ def test_too_many_skipped_steps_are_seen_a_window_late(images, tmp_path, monkeyp
             log.step(noticed_at)
 
 
+def test_other_code_is_told_when_a_run_continues(steps, tmp_path, monkeypatch, capsys):
+    run, *_ = steps
+    monkeypatch.setattr(rundir, "revision", lambda: "abc-dirty.1")
+    RunDir.open(run, 80).save(1)
+    assert RunDir.open(run, 80).step == 1 and not capsys.readouterr().out
+    monkeypatch.setattr(rundir, "revision", lambda: "abc-dirty.2")
+    RunDir.open(run, 80)
+    told = capsys.readouterr().out
+    assert f"revision abc-dirty.1 wrote {tmp_path}, this is abc-dirty.2: other code" in told
+
+
 # --- a damaged checkpoint
 
 

@@ -50,11 +50,11 @@ ROOMS = {
     "lib/weights.py": (100, {"model", "lib.machine", "lib.checkpoint"}),
     "lib/machine.py": (150, {"lib.processor"}),
     "lib/rundir.py": (
-        208,
+        212,
         {"lib.boards", "lib.machine", "lib.checkpoint", "lib.log", "lib.results"},
     ),
     "lib/monitor.py": (
-        220,
+        230,
         {
             "augment",
             "lib.data",
@@ -69,7 +69,7 @@ ROOMS = {
             "lib.screen",
         },
     ),
-    "lib/equivariance.py": (320, {"augment", "lib.features", "lib.images", "lib.resident"}),
+    "lib/equivariance.py": (322, {"augment", "lib.features", "lib.images", "lib.resident"}),
     "lib/features.py": (250, {"augment", "lib.data", "lib.processor", "lib.results"}),
     # of features.py: the models of an evaluation, and its options
     "lib/evaluation.py": (
@@ -84,7 +84,7 @@ ROOMS = {
             "lib.weights",
         },
     ),
-    "lib/results.py": (140, {"lib.machine", "lib.checkpoint"}),
+    "lib/results.py": (142, {"lib.machine", "lib.checkpoint"}),
     # of augment.py: its operations on pixels; one copy and one graph on a GPU
     "lib/pixels.py": (80, set()),
     "lib/packed.py": (20, set()),
@@ -108,7 +108,7 @@ ROOMS = {
         },
     ),
     # of monitor.py: the first screen
-    "lib/screen.py": (80, {"augment", "lib.data", "lib.results"}),
+    "lib/screen.py": (85, {"augment", "lib.data", "lib.results"}),
     "lib/batchnorm.py": (105, set()),
     "lib/compiled.py": (120, {"lib.machine"}),
     # of rundir.py: log.jsonl

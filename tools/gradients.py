@@ -57,6 +57,8 @@ def main(argv):
     if not config.ckpt:
         raise UsageError("no checkpoint given; use --ckpt=out/demo/ckpt.pt")
     saved = read_checkpoint(config.ckpt)
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise UsageError(f"ckpt={config.ckpt}: not the ckpt.pt of a run")
     if saved["config"]["method"] not in ("clever", "dino"):
         raise UsageError(f"ckpt={config.ckpt}: of {saved['config']['method']}; give clever or dino")
     for term, lengths in lengths_of(saved).items():
