@@ -336,7 +336,8 @@ def draw(rows, path):
         for i, (label, of_label) in enumerate(bars.items()):
             places = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(of_label))]
             values = [row["value"] for row in of_label]
-            axes.bar(places, values, 0.9 * width, label=label, color=f"C{i}")
+            color = {"ef": "C1", "ir[:d_ef]": "C0"}.get(of_label[0]["part"], str(0.85 - 0.08 * i))
+            axes.bar(places, values, 0.9 * width, label=label, color=color)
             ends = zip(*(row["interval"] for row in of_label))
             axes.vlines(places, *ends, color="black", linewidth=1)
         axes.set_xticks(range(len(CHANGES)), CHANGES)

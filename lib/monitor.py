@@ -17,7 +17,6 @@ from lib.run import refuse_to_skip_more
 from lib.screen import first_screen, views_picture
 
 import torch
-import torchvision
 from tqdm import tqdm
 
 from augment import perturbation
@@ -59,7 +58,7 @@ class Monitor:
         if step == 0:
             if run.here.is_main:
                 picture = views_picture(run, self.whole, self.shown)
-                torchvision.utils.save_image(picture, folder.path("views.png"))
+                picture.save(folder.path("views.png"))
             folder.log(step=0, epoch=0.0, **collapse.metrics(run, self.first_batch))
         elif not self._was_evaluated(step):  # the run was stopped after the checkpoint, before this
             self.epoch_end(step)

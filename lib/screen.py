@@ -8,6 +8,8 @@ from lib.results import revision
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import augment
@@ -73,7 +75,7 @@ def changed_options(config):
 def views_picture(run, whole, batch):
     """Draw a row for each image: whole uint8 (n, 3, G, G), then its views as the network sees them.
 
-    batch: the data.Batch of the same images. Returns RGB in [0, 1], (3, H, W).
+    batch: the data.Batch of the same images. Returns a PIL image with a name above each column.
     """
     size = run.config.img_size
     pictures = [whole[None] / 255]  # each (V, n, 3, size, size)
@@ -85,4 +87,12 @@ def views_picture(run, whole, batch):
     shape = dict(nrow=rows.shape[1], padding=max(2, size // 32), pad_value=1)
     grid = make_grid(rows.flatten(0, 1), **shape)
     zoom = max(1, 96 // size)  # small images are shown enlarged, pixel by pixel
-    return grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    grid = to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    names = ["image", "global 1", "global 2", *(f"local {i}" for i in range(1, len(rows[0]) - 2))]
+    column = grid.width / len(names)
+    font = ImageFont.load_default(size=column / 7)
+    picture = Image.new("RGB", (grid.width, grid.height + round(column / 4)), "white")
+    picture.paste(grid, (0, picture.height - grid.height))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(picture).text(((i + 0.5) * column, column / 8), name, "black", font, "mm")
+    return picture
