@@ -52,19 +52,21 @@ def distil(run, views, scale):
         teacher = run.teacher(views[:1])  # z_ir, z_ef; ir, ef: unit vectors (2, B, bottleneck)
     student = run.student(views, scale)  # the same of all V views
 
-    def head_loss(kind, name):  # -> the loss, the teacher's mean logits (K,), its entropy
-        layers = [net.heads[name].last_layer for net in (run.network, run.teacher)]
-        pair = getattr(student, name), layers[0], getattr(teacher, name), layers[1]
-        temps = config.student_temp, run.teacher_temp
+    def head_loss(kind, name, net=run.teacher, targets=teacher, temp=run.teacher_temp):
+        layers = [side.heads[name].last_layer for side in (run.network, net)]
+        pair = getattr(student, name), layers[0], getattr(targets, name)[:2], layers[1]
+        center = run.centers[name] * (net is run.teacher)  # only the teacher's logits have one
+        given = losses.PAIR_TERMS[kind], *pair, center, (config.student_temp, temp)
         compute = fused.prototype_loss if config.fused else fused.plain_loss
-        return compute(losses.PAIR_TERMS[kind], *pair, run.centers[name], temps, config.loss_chunk)
+        return compute(*given, config.loss_chunk)  # -> loss, mean logits (K,), entropy of targets
 
     # L_CL: ir agrees between the views of an image
     terms["L_CL"], means["ir"], entropy = head_loss("cross-entropy", "ir")
     logged = {"H_ir": entropy, "KL": terms["L_CL"].detach() - entropy}  # KL: still to learn
     # L_Orth: ef differs between them; L_PReg: and not because its head shrinks to nothing
     if student.ef is not None:
-        terms["L_Orth"], means["ef"], logged["H_ef"] = head_loss(config.orth, "ef")
+        own = (run.network, student, config.student_temp) if config.orth_views == "student" else ()
+        terms["L_Orth"], means["ef"], logged["H_ef"] = head_loss(config.orth, "ef", *own)
         heads = run.network.head_ir, run.network.head_ef
         terms["L_PReg"] = losses.projection_regularization(*heads)
     return terms, means, logged
@@ -72,8 +74,7 @@ def distil(run, views, scale):
 
 def siamese(run, views, scale):
     """SimSiam and DDCL: two views [(2, B, 3, G, G)] predict each other; there is no teacher."""
-    views = views[0].split(1)  # batch norm sees one at a time
-    student = run.student(views, scale and scale[0].split(1))
+    student = run.student(views[0].split(1), scale and scale[0].split(1))  # batch norm by view
     z, p = student.ir  # projections and predictions, (2, B, hidden) each
     terms = {"L_CL": losses.simsiam_loss(p, z)}
     if student.ef is not None:
@@ -117,7 +118,6 @@ def backward(run, batch):
             weight = {n: getattr(config, WEIGHTS[n]) if n in WEIGHTS else 1.0 for n in terms}
             loss = sum(weight[name] * term for name, term in terms.items())
             (loss / len(parts)).backward()
-
         for head, mean in means.items():
             teacher_means[head] += mean / len(parts)
         for name, value in {"loss": loss, **terms, **more}.items():

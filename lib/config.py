@@ -66,6 +66,8 @@ class Config:
     beta: float = option(1.0, "weight of L_Orth")
     lambda_preg: float = option(0.001, "weight of L_PReg (paper's best: 0.001)", 0)
     orth: str = option("cosine", "L_Orth; cosine: the published tables; dot: the paper's text")
+    orth_views: str = option("teacher", "L_Orth compares the student's views with the teacher's; "
+                             "student: with its own", choices=("teacher", "student"))
     student_temp: float = option(0.1, "temperature of the student's softmax", 1e-6, 100)
     teacher_temp: float = option(0.04, "the same of the teacher, after its warm-up", 1e-6, 100)
     teacher_temp_start: float = option(0.04, "its linear warm-up starts here ...", 1e-6, 100)

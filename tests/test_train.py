@@ -156,6 +156,27 @@ def test_a_step_is_the_reference_step(folder, method):
         assert_same(run.centers, centers, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_orth_between_the_students_own_views_is_the_formula(folder, is_fused):
+    """L_Orth of the student's probabilities, the targets without gradient and without center."""
+    config = tiny_config(orth_views="student", fused=is_fused)
+    images = sources.open_images(str(folder), "train")
+    run = train.make_run(config, 5, HERE)
+    for center in run.centers.values():
+        center.normal_()
+    views = run.views(batch_of(images, config))
+    terms, _, _ = train.distil(run, views, None)
+    p = (run.network.head_ef.last_layer(run.student(views, None).ef) / 0.1).softmax(-1)  # (V, B, K)
+    pairs = [(i, v) for i in range(2) for v in range(len(p)) if i != v]
+    cosines = [torch.cosine_similarity(p[i].detach(), p[v], dim=-1).mean() for i, v in pairs]
+    expected = sum(cosines) / len(pairs)
+    torch.testing.assert_close(terms["L_Orth"], expected)
+    weights = run.network.head_ef.mlp[0].weight, run.network.backbone.pos_embed
+    found, wanted = (torch.autograd.grad(x, weights) for x in (terms["L_Orth"], expected))
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
 def test_the_last_layer_stands_still_at_first_and_teacher_needs_no_gradient(folder):
     config = tiny_config(freeze_last_layer=1, warmup_epochs=0)
     run = train.make_run(config, 1, HERE)

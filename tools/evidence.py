@@ -104,7 +104,7 @@ PAIR_CLAIMS = [  # of a CLeVER run and the DINO run beside it: name, measure, be
 ]
 VIEW = ("probe", "view share", "all")
 WHITE = ("probe", "view share, whitened", "all")
-CONTROLS = ("split", "preg", "cosine_lam0", "dot", "cosine", "dot_beta256")  # folders, each a run
+CONTROLS = ("split", "preg", "dot", "cosine", "dot_beta256", "own_views")  # folders, each a run
 PARTS = ("clever/ef", "clever/ir[:d_ef]")
 
 
@@ -112,7 +112,7 @@ def control_claims():
     """Return the claims about runs that differ in their losses alone (docs/results.md)."""
     dino = "dino/dino/full"
     claims = [Claim("C0", (*RIDGE, "class"), dino, "dino/untrained/full", is_headline=True)]
-    for name in ("cosine", "dot"):
+    for name in ("cosine", "dot", "own_views"):
         first = dict(is_headline=name == "cosine")  # the default
         full, ir = f"{name}/clever/full", f"{name}/clever/ir"
         parts = [f"{name}/{part}" for part in PARTS]
