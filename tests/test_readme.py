@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT
+from test_fork import apply
 
 import eval_downstream
 import eval_linear
@@ -278,13 +279,7 @@ def test_the_forks_stand_in_their_page(file, diff):
 @pytest.mark.parametrize("file, diff", DIFFS, ids=[file for file, _ in DIFFS])
 def test_the_forks_apply_and_are_short(file, diff):
     """What a diff keeps or removes stands in the file, once; what comes out is Python."""
-    text = (ROOT / file).read_text()
-    for hunk in diff.split("@@\n"):
-        lines = hunk.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] for line in lines if line[0] in " +")
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
+    text = apply(diff, (ROOT / file).read_text())
     ast.parse(text)
     assert sum(line.startswith(("+", "-")) for line in diff.splitlines()) <= 10
 
