@@ -25,9 +25,9 @@ def forced(cls, name):
     cls.__init__ = init
 
 
-def slowly(obj, path, write=rundir.save_atomically):
+def slowly(*given, write=rundir.save_atomically):
     time.sleep(1)
-    write(obj, path)
+    write(*given)
 
 
 if __name__ == "__main__":
