@@ -191,12 +191,13 @@ class RunDir:
         try:
             checkpoint = read_checkpoint(path)
         except Damaged as error:
+            cause = str(error).partition(";")[0]
             self.damaged, path = path, self.path(PREVIOUS)
             if not os.path.exists(path):
-                raise
+                fix = "remove it to start again, or choose another --out_dir"
+                raise UsageError(f"{cause}; {fix}") from None
             checkpoint = read_checkpoint(path)
             if run.here.is_main:
-                cause = str(error).partition(";")[0]
                 tqdm.write(f"WARNING: {cause}; continuing from {path}, one checkpoint earlier")
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
             raise UsageError(

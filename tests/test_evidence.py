@@ -294,11 +294,12 @@ def test_what_parts_hold_is_told_and_drawn(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", ["nano_shapes", "tinyin40_seen"])
+@pytest.mark.parametrize("runs", ["nano_shapes", "nano_tinyin40", "tinyin40_seen"])
 def test_the_tables_of_results_are_those_of_the_kept_answers(capsys, runs):
     evidence.main([f"--runs={ROOT / 'results' / runs}"])
     lines = capsys.readouterr().out.splitlines()
-    text = (ROOT / "docs" / "results.md").read_text()
+    pages = ("results.md", "real_images.md")
+    text = "\n".join((ROOT / "docs" / page).read_text() for page in pages)
     assert len(lines) > 10
     for line in lines:
         assert line in text, line
