@@ -359,7 +359,7 @@ def held_lines(rows):
 
 def draw_held(rows, path):
     """Draw view shares, raw and whitened, of ef and as many dimensions of ir, by control."""
-    pairs = {"ef": ("ef", "[-13:]"), "as many dimensions of ir": ("ir[:d_ef]", "[:13]")}
+    pairs = {"as many dimensions of ir": ("ir[:d_ef]", "[:13]"), "ef": ("ef", "[-13:]")}
     figure = new_figure((10, 4.2))
     columns = {"share": "view share, raw", "white": "view share, whitened", "angle": "R2, angle"}
     for axes, (column, title) in zip(figure.subplots(1, len(columns)), columns.items()):
