@@ -26,7 +26,7 @@ def forced(cls, name):
 
 
 def slowly(*given, write=rundir.save_atomically):
-    time.sleep(1)
+    time.sleep(0.3)
     write(*given)
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from lib import data, log, sources
 from lib.config import UsageError
@@ -76,29 +77,38 @@ def assert_the_same_run(expected, got, log=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "processes, precision, kills", [(1, "fp32", 12), (1, "bf16", 3), (2, "fp32", 5)]
-)
-def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
-    folder, tmp_path, whole, processes, precision, kills
-):
+def test_killed_at_any_moment_and_started_again_it_is_the_same_run(folder, tmp_path, whole):
     """SIGKILL at 20 random moments in all, to the process or one of two ranks: bit for bit.
 
-    Every other process that is killed has a loading process, the others have their images on the
-    device.
+    Three runs at a time. Every other process that is killed has a loading process, the others have
+    their images on the device.
     """
-    expected, rng = whole(processes, precision), random.Random(processes)
-    options = RUN | dict(data=folder, out_dir=tmp_path, precision=precision)
+    cases = (1, "fp32", 12), (1, "bf16", 3), (2, "fp32", 5)  # processes, precision, kills
+    expected = [whole(processes, precision) for processes, precision, _ in cases]
+    outs = [tmp_path / f"{processes}{precision}" for processes, precision, _ in cases]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run_and_kill, folder, *each) for each in zip(outs, cases)]
+        for run in runs:
+            run.result()
+    for one, other in zip(expected, outs):
+        assert_the_same_run(one, other)
+
+
+def run_and_kill(folder, out, case):
+    """Run and kill a number of times at random moments, then run to the end."""
+    processes, precision, kills = case
+    rng = random.Random(processes)
+    options = RUN | dict(data=folder, out_dir=out, precision=precision)
     killed = []
     for _ in range(40):
         options["cache"] = ("off", "auto")[len(killed) % 2]
         process = launched("train.py", *arguments(**options), processes=processes)
         if len(killed) < kills:
-            before, begun = reached(tmp_path), time.time()
+            before, begun = reached(out), time.time()
             while (
                 process.poll() is None
                 and time.time() - begun < 120
-                and reached(tmp_path) <= min(before, 17)
+                and reached(out) <= min(before, 17)
             ):
                 time.sleep(0.002)
             time.sleep(rng.random() * 0.1)  # some steps on, or in the middle of a checkpoint
@@ -107,18 +117,17 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_run(
                 os.kill(rng.choice(victims), signal.SIGKILL)
                 killed.append(process)
                 process.wait(60)  # the other rank leaves too, within a minute
-                if (tmp_path / "ckpt.pt").exists():
-                    state(tmp_path)  # loads
+                if (out / "ckpt.pt").exists():
+                    state(out)  # loads
                 continue
         code, errors = ended(process)
         assert code == 0, errors
         if len(killed) == kills:
             break
-        shutil.rmtree(tmp_path)  # it was too fast: once more from the start
+        shutil.rmtree(out)  # it was too fast: once more from the start
     assert len(killed) == kills
     for process in killed:
         ended(process, 60)  # so have the loading workers of the dead
-    assert_the_same_run(expected, tmp_path)
 
 
 def reached(out):
@@ -134,16 +143,21 @@ def ranks_of(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call, number", [("save", 3), ("fsync", 5), ("replace", 5)])
-def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole, call, number):
-    options = arguments(data=folder, out_dir=tmp_path, **RUN)
-    killed = launched("tests/inject.py", f"die:{call}:{number}", *options)
-    assert killed.wait(60) == -signal.SIGKILL
-    step = state(tmp_path)["step"]  # there is a whole one
-    assert 2 <= step < 12
-    assert ended(launched("train.py", *options))[0] == 0
-    assert_the_same_run(whole(), tmp_path)
-    ended(killed, 60)  # its loading worker has left, too
+def test_killed_in_the_middle_of_a_checkpoint(folder, tmp_path, whole):
+    faults = ("save:3", "fsync:5", "replace:5")
+    given = [arguments(data=folder, out_dir=tmp_path / fault, **RUN) for fault in faults]
+    pairs = zip(faults, given)
+    killed = [launched("tests/inject.py", f"die:{fault}", *options) for fault, options in pairs]
+    for fault, process in zip(faults, killed):
+        assert process.wait(60) == -signal.SIGKILL
+        assert 2 <= state(tmp_path / fault)["step"] < 12  # there is a whole one
+    again = [launched("train.py", *options) for options in given]
+    for fault, process in zip(faults, again):
+        code, errors = ended(process)
+        assert code == 0, errors
+        assert_the_same_run(whole(), tmp_path / fault)
+    for process in killed:
+        ended(process, 60)  # its loading worker has left, too
 
 
 @pytest.mark.slow

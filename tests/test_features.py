@@ -313,7 +313,7 @@ def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
 @pytest.mark.slow
 def test_command_line_compares_two_runs(folder, tmp_path):
     for method in ("clever", "dino"):
-        options = dict(data=folder, method=method, out_dir=tmp_path / method)
+        options = dict(data=folder, method=method, arch="vit_nano", out_dir=tmp_path / method)
         run_script("train.py", *arguments(epochs=1, warmup_epochs=0, **options))
     clever, dino = (tmp_path / name / "ckpt.pt" for name in ("clever", "dino"))
     ridge = ["eval_linear.py", "--protocol=ridge"]
@@ -323,7 +323,7 @@ def test_command_line_compares_two_runs(folder, tmp_path):
     [result] = json.loads(path.read_text())
     assert {row["row"] for row in result["rows"]} == {"untrained", "clever", "dino", "chance"}
     parts = {(row["part"], row["dims"]) for row in result["rows"] if row["row"] == "clever"}
-    assert parts == {("full", 128), ("ir", 102), ("ir[:d_ef]", 26), ("ef", 26)}
+    assert parts == {("full", 64), ("ir", 51), ("ir[:d_ef]", 13), ("ef", 13)}
     assert all(line in done.stdout for line in results.table_lines(result["rows"]))
     assert result["protocol"]["protocol"] == "ridge"
 

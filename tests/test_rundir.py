@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lib import checkpoint, machine, monitor, rundir, sources
@@ -455,24 +456,29 @@ def same_lines(a, b):
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    "fault, code", [("die:replace:6", -9), ("die:fsync:7", -9), ("term:7", 143)]
-)
-def test_stopped_while_a_thread_writes_it_is_the_same_run(folder, tmp_path, whole, fault, code):
-    options = arguments(data=folder, out_dir=tmp_path, **RUN)
-    printed = as_on_gpu("tests/inject.py", fault, *options, code=code)
-    step = state(tmp_path)["step"]  # there is a whole one
-    if code == 143:
-        assert step == 8 and "stopped by SIGTERM after step 8" in printed
-    as_on_gpu("train.py", *options)
-    assert_same(state(whole), state(tmp_path))
-    same_lines(whole, tmp_path)
+def test_stopped_while_a_thread_writes_it_is_the_same_run(folder, tmp_path, whole):
+    codes = {"die:replace:6": -9, "die:fsync:7": -9, "term:7": 143}
+
+    def stop_and_continue(fault):
+        out = tmp_path / fault
+        options = arguments(data=folder, out_dir=out, **RUN)
+        printed = as_on_gpu("tests/inject.py", fault, *options, code=codes[fault])
+        step = state(out)["step"]  # there is a whole one
+        if fault == "term:7":
+            assert step == 8 and "stopped by SIGTERM after step 8" in printed
+        as_on_gpu("train.py", *options)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(stop_and_continue, codes))
+    for fault in codes:
+        assert_same(state(whole), state(tmp_path / fault))
+        same_lines(whole, tmp_path / fault)
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 def test_an_end_by_mistake_waits_for_the_file_in_hand(folder, tmp_path):
-    """Two ranks, the way out is os._exit; the disk takes a second for each file."""
+    """Two ranks, the way out is os._exit; the disk takes 0.3 seconds for each file."""
     options = arguments(data=folder, out_dir=tmp_path, **{**RUN, "log_every": 1})
     printed = as_on_gpu("--slowly", "tests/inject.py", "nan:6:100:1", *options, processes=2, code=1)
     assert "steps 6 to 8: no gradient was finite" in printed
