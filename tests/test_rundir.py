@@ -330,6 +330,7 @@ def flipped(content, bit):
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(steps, tmp_path):
     """Bits anywhere, bits of the archive's table of members, and lengths."""
     run, _, do = steps

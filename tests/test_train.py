@@ -604,6 +604,7 @@ def test_backbone_file_is_torchvisions(tmp_path):
     theirs.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=True)
 
 
+@pytest.mark.slow
 def test_init_from_starts_a_new_schedule(folder, tmp_path):
     run_script("train.py", *arguments(data=folder, out_dir=tmp_path / "a"))
     config = tiny_config(init_from=str(tmp_path / "a" / "backbone.pt"), seed=9)
@@ -618,6 +619,7 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
 # --- what a person sees
 
 
+@pytest.mark.slow
 def test_max_steps_scales_all_schedules(folder, tmp_path):
     """Each schedule goes as far in fewer steps, and the end is evaluated."""
     rates = {}
@@ -648,6 +650,7 @@ def test_a_shortened_run_continues_bit_for_bit(folder, tmp_path):
     assert_same(state(tmp_path / "a"), state(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_a_warm_up_that_would_fill_the_run_is_clipped_and_told(folder, tmp_path):
     options = arguments(data=folder, epochs=1, out_dir=tmp_path)
     done = run_script("train.py", *options)
@@ -656,6 +659,7 @@ def test_a_warm_up_that_would_fill_the_run_is_clipped_and_told(folder, tmp_path)
     assert "is finished" in run_script("train.py", *options).stdout  # the same run
 
 
+@pytest.mark.slow
 def test_config_json_continues_a_run_and_repeats_it_elsewhere(folder, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     done = run_script("train.py", *arguments(method="dino", data=folder, seed=3, out_dir=first))
