@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases: each gets the numbers of log.jsonl. Off by default."""
 
 import os
+import secrets
 from dataclasses import asdict
 from functools import partial
 
@@ -45,7 +46,7 @@ def _wandb(wandb, config, step):
     path = os.path.join(config.out_dir, ".wandb_id")
     if not step or not os.path.exists(path):  # else it continues the same run there
         with open(path, "w") as file:
-            file.write(wandb.util.generate_id())
+            file.write(secrets.token_hex(8))
     with open(path) as file:
         about = dict(id=file.read(), resume="allow", name=os.path.basename(config.out_dir))
     run = wandb.init(project=config.wandb, dir=config.out_dir, config=asdict(config), **about)

@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases get what log.jsonl gets; stand-ins take their place here."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 from lib import boards
 from lib.config import UsageError
@@ -44,7 +44,6 @@ def writers(monkeypatch):
 
     board, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
     board.SummaryWriter, wandb.init = open_, open_
-    wandb.util = SimpleNamespace(generate_id=lambda: f"id{len(opened)}")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return opened
