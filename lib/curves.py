@@ -4,11 +4,11 @@ A line style is a part of the representation, a color is a run; of a single run 
 matplotlib.
 """
 
-import json
 import math
 import os
 
 from lib.config import UsageError
+from lib.log import records
 
 # prefixes of the log's fields, in this order
 DRAWN = ("loss", "L_", "H_", "KL", "knn", "rank", "view_share", "data_wait")
@@ -19,8 +19,8 @@ def read_log(run):
     """Return the records of RUN/log.jsonl; a last line that a crash cut short is left out."""
     path = os.path.join(run, "log.jsonl")
     try:
-        with open(path) as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
+        os.stat(path)  # records takes a missing file for an empty one
+        return records(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the out_dir of a run") from None
     except ValueError:

@@ -2,6 +2,7 @@
 
 import base64
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -105,6 +106,7 @@ def read_results(path):
     return runs
 
 
+@functools.cache
 def revision():
     """Return git's name of this revision; of changed code 'a27829e-dirty' and a digest; or None."""
     git = ["git", "-C", str(Path(__file__).parent.parent)]

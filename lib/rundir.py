@@ -73,17 +73,18 @@ class RunDir:
         """Lock the folder and write config.json; UsageError if it is another run's."""
         config = self.run.config
         path = self.path("config.json")
-        now, there = revision(), {}
+        now = revision()
         if os.path.exists(path):
+            there = None
             with open(path) as file, suppress(ValueError):
                 there = json.load(file)
-        if os.path.exists(path) and self.step == 0:
-            if not isinstance(there, dict) or not there:
+            if self.step == 0 and not isinstance(there, dict):
                 raise UsageError(f"{path}: not the config.json of a run; choose another --out_dir")
-            self._refuse_other(there)
-        if self.step and there and there.get("revision", now) != now:
-            before = f"revision {there['revision']} wrote {config.out_dir}, this is {now}"
-            tqdm.write(f"NOTE: {before}: other code continues its weights")
+            if self.step == 0:
+                self._refuse_other(there)
+            elif isinstance(there, dict) and there.get("revision", now) != now:
+                before = f"revision {there['revision']} wrote {config.out_dir}, this is {now}"
+                tqdm.write(f"NOTE: {before}: other code continues its weights")
         try:
             os.makedirs(config.out_dir, exist_ok=True)
             self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)

@@ -313,6 +313,8 @@ def test_other_code_is_told_when_a_run_continues(steps, tmp_path, monkeypatch, c
     RunDir.open(run, 80)
     told = capsys.readouterr().out
     assert f"revision abc-dirty.1 wrote {tmp_path}, this is abc-dirty.2: other code" in told
+    (tmp_path / "config.json").write_text("[1, 2]")  # what a checkpoint has is enough
+    assert RunDir.open(run, 80).step == 1
 
 
 # --- a damaged checkpoint

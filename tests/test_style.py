@@ -116,7 +116,7 @@ ROOMS = {
     # of rundir.py: TensorBoard, Weights & Biases
     "lib/boards.py": (60, set()),
     # of monitor.py and tools/plot.py: log.jsonl as a picture
-    "lib/curves.py": (100, set()),
+    "lib/curves.py": (100, {"lib.log"}),
     # of monitor.py: collapse metrics
     "lib/collapse.py": (100, {"losses", "lib.features"}),
     # of features.py: linear classifiers

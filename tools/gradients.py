@@ -31,10 +31,7 @@ def lengths_of(saved):
     here = machine.join("cpu", "fp32")
     images, _ = data.open_for_training(config, here)
     run = train.make_run(config, len(images) // config.batch_size, here)
-    run.network.load_state_dict(saved["student"])
-    run.teacher.load_state_dict(saved["teacher"])
-    run.centers.update(saved["centers"])
-    run.teacher_temp = config.teacher_temp
+    run.load(saved)
     last = saved["step"] - 1
     batch = next(iter(data.train_loader(images, config, last, last + 1, here)))
     terms, _, _ = train.distil(run, run.views(batch), None)
