@@ -1,4 +1,4 @@
-"""plot.py draws the logs of runs, method.py the method."""
+"""plot.py draws the logs of runs."""
 
 import json
 import sys
@@ -11,7 +11,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 from lib import curves
 from lib.config import UsageError
 
-import method
 import plot
 
 RUNS = [str(ROOT / "results" / "collapse" / name) for name in ("clever", "ddcl")]
@@ -49,15 +48,3 @@ def test_what_is_missing_is_told_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
         plot.main(RUNS)
-
-
-def test_the_method_is_drawn(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib draws the method, and is not here")
-    from PIL import Image
-
-    method.main([str(tmp_path / "method.png")])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "method.png")
-    assert Image.open(tmp_path / "method.png").size == Image.open(method.PICTURE).size
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match="pip install matplotlib"):
-        method.main([])
