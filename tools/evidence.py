@@ -1,18 +1,17 @@
 """Which of the paper's claims our runs reproduce: differences between runs, with intervals.
 
-    python tools/evidence.py --runs=results/nano_shapes                        the table
-    python tools/evidence.py --runs=results/nano_shapes --picture=claims.png   and its picture
-    python tools/evidence.py --runs=results/nano_shapes --views=views.png      what parts hold
+    python tools/evidence.py --runs=results/nano_shapes                     the table
+    python tools/evidence.py --runs=results/nano_shapes --views=views.png   what parts hold
 
 --runs has a folder for each seed, seed0, seed1, ..., or for each setting, SETTING/seed0, ... In it
 lies the results.json that the evaluations of that seed wrote (eval_linear.py and
 eval_downstream.py with --save_correct=True; eval_seg.py).
 
 Both sides saw the same images, perturbed alike, in the same order, so a difference is taken image
-by image and seed by seed. Its intervals, of 95 % each:
-over seeds: Student's t of the seeds' differences; what other runs would give on these images.
-over images: the normal interval of the images' differences, averaged over seeds; what these runs
-  would give on other images.
+by image and seed by seed. Its intervals, of Student's t, 95 % each:
+over seeds: of the seeds' differences; what other runs would give on these images.
+over images: of the images' differences, averaged over seeds; what these runs would give on other
+  images.
 over both, 95 % or more: its half width is the root of the sum of squares of the two. Measures
   with one number per seed (view shares, R2, eval_seg.py) have the interval over seeds only.
 The headline claims, M of them, are corrected for their number: over both, of 1 - 5 % / M
@@ -23,16 +22,14 @@ reproduced              it is above 0; "smaller" if it is also below the paper's
 contradicted            it is below 0
 no difference above D   it is within -D .. D, points (two one-sided tests; D = SMALLEST)
 paper's size excluded   it holds 0 and is below the paper's effect
-undecided               none of these
-With a single seed the verdict tells only which side is ahead on its images.
+undecided               none of these, or a single seed
 """
 
 import functools
-import glob
 import os
 import sys
 from dataclasses import dataclass
-from statistics import NormalDist
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -135,23 +132,11 @@ def control_claims():
     return claims
 
 
-PAIRS = {name: (f"{name}/clever/full", f"{name}/dino/full")
-         for name in ("vit_micro", "vit_tiny", "caug+")}
 CLAIMS = [
     *control_claims(),
     *(Claim(name, measure, f"{setting}/{better}", f"{setting}/{worse}", effect=effect)
-      for setting in ("", "long", "resnet18", "vmamba_micro")
+      for setting in ("", "long", "resnet18", "vmamba_micro", "vit_micro", "vit_tiny", "caug+")
       for name, measure, better, worse, effect in PAIR_CLAIMS),
-    # views and options, and a gain held against another
-    Claim("C1", (*RIDGE, "class"), "cosine/clever/full", "vit_micro/dino/full"),  # --orth=cosine
-    Claim("C2", (*RIDGE, "class, rotated"), "cosine/clever/full", "vit_micro/dino/full"),
-    *(Claim("C4", (*RIDGE, "which of 4 rotations"), f"{setting}/clever/ef",
-            f"{setting}/clever/ir[:d_ef]") for setting in ("vit_micro", "lam0")),
-    Claim("C2", (*LINEAR, "cj+ro+et"), *PAIRS["caug+"]),
-    Claim("C2", (*LINEAR, "cj+ro+et"), *PAIRS["caug+"], beyond=PAIRS["vit_micro"]),
-    Claim("C6", (*LINEAR, "orig"), *PAIRS["vit_micro"], beyond=PAIRS["vit_tiny"]),
-    *(Claim("C9", (*LINEAR, "orig"), "vit_micro/clever/full", f"{other}/clever/full")
-      for other in ("ratio0.5", "ratio0.95", "lam0", "lam0.01")),
 ]
 # fmt: on
 SETTINGS = {side.split("/")[0] for claim in CLAIMS for side in claim.sides()}
@@ -197,51 +182,46 @@ def seeds_of(folder):
 
     A dict's keys are (setting, task, classifier, test, row, part), its values as in scores_of.
     """
+    folder = Path(folder)
     seeds = {}
-    for setting in ("", *sorted(os.listdir(folder) if os.path.isdir(folder) else ())):
-        for path in glob.glob(os.path.join(folder, setting, "seed*", "results.json")):
-            if setting not in SETTINGS:
-                raise UsageError(
-                    f"{path}: unknown setting {setting!r}; rename the folder to one of "
-                    f"{', '.join(sorted(SETTINGS - {''}))}"
-                )
-            scores = {(setting, *name): values for name, values in scores_of(path).items()}
-            seeds.setdefault(os.path.basename(os.path.dirname(path)), {}).update(scores)
+    for path in [*folder.glob("seed*/results.json"), *folder.glob("*/seed*/results.json")]:
+        *parents, seed, _ = path.relative_to(folder).parts
+        setting = "".join(parents)
+        if setting not in SETTINGS:
+            raise UsageError(
+                f"{path}: unknown setting {setting!r}; rename the folder to one of "
+                f"{', '.join(sorted(SETTINGS - {''}))}"
+            )
+        scores = {(setting, *name): values for name, values in scores_of(path).items()}
+        seeds.setdefault(seed, {}).update(scores)
     return [seeds[seed] for seed in sorted(seeds)]
 
 
 @functools.cache
 def student_t(level, freedom):
-    """Return x with P(|t| < x) = level, of Student's t: by the integral of its density."""
-    x = np.concatenate([np.linspace(0, 50, 500_000), np.geomspace(50.001, 1e6, 100_000)])
-    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(x))])
-    return float(np.interp(level, mass / mass[-1], x))
+    """Return x with P(|t| < x) = level, of Student's t; x = sqrt(freedom) tan(angle).
+
+    By this substitution the density is cos(angle) ** (freedom - 1), on 0 .. pi / 2.
+    """
+    angles = np.linspace(0, np.pi / 2, 1_000_001)
+    middles = (angles[1:] + angles[:-1]) / 2
+    mass = np.concatenate([[0], np.cumsum(np.cos(middles) ** (freedom - 1))])
+    return np.sqrt(freedom) * np.tan(np.interp(level, mass / mass[-1], angles))
 
 
-def interval_over_seeds(differences, level=LEVEL):
-    """Return low and high of the seeds' differences (S,); nan for a single seed."""
-    S = len(differences)
-    if S == 1:
-        return np.nan, np.nan
-    half = student_t(level, S - 1) * differences.std(ddof=1) / np.sqrt(S)
-    return differences.mean() - half, differences.mean() + half
-
-
-def interval_over_images(differences, level=LEVEL):
-    """Return low and high of the images' mean difference (n,), n large; nan for one number."""
+def half_width(differences, level=LEVEL):
+    """Return half the interval of the mean of differences (n,); nan for a single one."""
     n = len(differences)
     if n == 1:
-        return np.nan, np.nan
-    half = NormalDist().inv_cdf((1 + level) / 2) * differences.std(ddof=1) / np.sqrt(n)
-    return differences.mean() - half, differences.mean() + half
+        return np.nan
+    return student_t(level, n - 1) * differences.std(ddof=1) / np.sqrt(n)
 
 
 def compare(claim, seeds, n_claims=1):
     """Compare a claim's sides over the seeds that have all of them (seeds_of); None if none has.
 
-    n_claims: that are made together. Returns a dict: claim, better and worse (% by seed),
-    difference, its intervals, verdict.
+    n_claims: that are made together; the interval over both is corrected for them. Returns a dict:
+    claim, better and worse (% by seed), difference, half its intervals, verdict.
     """
     sides = [side.split("/") for side in claim.sides()]
     names = [(setting, *claim.measure, row, part) for setting, row, part in sides]
@@ -260,32 +240,27 @@ def compare(claim, seeds, n_claims=1):
         worse = beyond[0] - beyond[1]
     by_seed = (better - worse).mean(1)
     by_image = (better - worse).mean(0)
-    intervals = {}  # over_both is the corrected one
-    for level in (1 - (1 - LEVEL) / n_claims, LEVEL):
-        over_seeds = interval_over_seeds(by_seed, level)
-        over_images = interval_over_images(by_image, level)
-        half = over_seeds[1] - by_seed.mean()
-        if len(by_image) > 1:
-            half = np.hypot(half, over_images[1] - by_seed.mean())
-        intervals.setdefault("over_both", (by_seed.mean() - half, by_seed.mean() + half))
-    intervals |= dict(over_seeds=over_seeds, over_images=over_images)
+    difference = by_seed.mean()
+    level = 1 - (1 - LEVEL) / n_claims
+    over_both = half_width(by_seed, level)
+    if len(by_image) > 1:
+        over_both = np.hypot(over_both, half_width(by_image, level))
     return dict(
         claim=claim,
         better=better.mean(1),
         worse=worse.mean(1),
-        difference=by_seed.mean(),
-        **intervals,
-        verdict=verdict(intervals, claim.effect, len(found) == 1),
+        difference=difference,
+        over_seeds=half_width(by_seed),
+        over_images=half_width(by_image),
+        over_both=over_both,
+        verdict=verdict(difference - over_both, difference + over_both, claim.effect),
     )
 
 
-def verdict(intervals, effect, is_one_seed):
-    """Return the words for the intervals of compare; effect: the paper's, or nan."""
-    if is_one_seed:
-        low, high = intervals["over_images"]
-        word = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
-        return f"{word}, one seed"
-    low, high = intervals["over_both"]
+def verdict(low, high, effect):
+    """Return the words for the interval over both; effect: the paper's. Either may be nan."""
+    if np.isnan(low):
+        return "undecided, one seed"
     if low > 0:
         return "reproduced, smaller" if high < effect else "reproduced"
     if high < 0:
@@ -306,9 +281,9 @@ def table_lines(compared):
             cells.append(f"{words}: {', '.join(f'{value:.1f}' for value in c[side])}")
         effect = c["claim"].effect
         cells += ["" if np.isnan(effect) else f"{effect:+.1f}", f"{c['difference']:+.1f}"]
-        for name in ("over_seeds", "over_images", "over_both"):
-            low, high = c[name]
-            cells.append("-" if np.isnan(low) else f"{low:+.1f} .. {high:+.1f}")
+        for half in (c["over_seeds"], c["over_images"], c["over_both"]):
+            low, high = c["difference"] - half, c["difference"] + half
+            cells.append("-" if np.isnan(half) else f"{low:+.1f} .. {high:+.1f}")
         yield f"| {' | '.join((*cells, c['verdict']))} |"
 
 
@@ -351,77 +326,37 @@ def held_lines(rows):
         for column in HELD:
             cell = ""
             if column in values:
-                low, high = interval_over_seeds(values[column])
-                cell = f"{values[column].mean():.1f} ± {(high - low) / 2:.1f}".replace(" ± nan", "")
+                mean, half = values[column].mean(), half_width(values[column])
+                cell = f"{mean:.1f} ± {half:.1f}".removesuffix(" ± nan")
             cells.append(cell)
         yield f"| {control} | {part} | {' | '.join(cells)} |"
 
 
 def draw_held(rows, path):
     """Draw view shares, raw and whitened, of ef and as many dimensions of ir, by control."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("a picture needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     pairs = {"as many dimensions of ir": ("ir[:d_ef]", "[:13]"), "ef": ("ef", "[-13:]")}
-    figure = new_figure((10, 4.2))
     columns = {"share": "view share, raw", "white": "view share, whitened", "angle": "R2, angle"}
     for axes, (column, title) in zip(figure.subplots(1, len(columns)), columns.items()):
         for i, (label, parts) in enumerate(pairs.items()):
             found = {name: values[column] for name, part, values in rows if part in parts}
             places = np.arange(len(found)) + 0.4 * i - 0.2
-            axes.bar(places, [x.mean() for x in found.values()], 0.38, label=label)
-            axes.vlines(places, *zip(*map(interval_over_seeds, found.values())), color="black")
+            means = [x.mean() for x in found.values()]
+            halves = [half_width(x) for x in found.values()]
+            axes.bar(places, means, 0.38, yerr=halves, label=label)
             axes.set_xticks(range(len(found)), found, rotation=60, ha="right", fontsize=8)
         axes.set_title(f"{title}, in %", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save(figure, path)
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-
-def new_figure(size):
-    """Return matplotlib's Figure; UsageError if it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("a picture needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=size, layout="constrained")
-
-
-def save(figure, path):
-    """Write a picture; UsageError if that fails."""
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
         cause = getattr(error, "strerror", None) or error
-        raise UsageError(f"picture={path}: {cause}; give a .png in a folder that exists") from None
-
-
-def draw(compared, path):
-    """Draw the table: a difference is a dot, its interval over images thick, over all thin."""
-    colors = {"reproduced": "tab:green", "contradicted": "tab:red", "undecided": "tab:gray"}
-    figure = new_figure((9, 0.8 + 0.26 * len(compared)))
-    axes = figure.subplots()
-    labels = []
-    for y, c in enumerate(compared):
-        color = colors.get(c["verdict"].split(",")[0], "tab:blue")
-        axes.plot(c["over_both"], (y, y), color=color, linewidth=1)
-        axes.fill_between(c["over_images"], y - 0.15, y + 0.15, color=color, alpha=0.4)
-        axes.plot(c["difference"], y, "o", color=color)
-        axes.plot(c["claim"].effect, y, "k|", markersize=9)
-        task, classifier, test = c["claim"].measure
-        if classifier != "kNN":  # its metric says so
-            test = f"{classifier if task == 'probe' else task}, {test}"
-        labels.append(f"{c['claim'].name}  {test}: {' against '.join(c['claim'].in_words())}")
-    axes.set_yticks(range(len(compared)), labels, fontsize=8)
-    axes.set_ylim(len(compared) - 0.5, -0.5)
-    axes.axvline(0, color="black", linewidth=0.8)
-    words = (
-        "thick: over images; thin: over seeds too; bar: the paper's effect\n"
-        "green: reproduced; red: contradicted; blue: small, or not the paper's size; gray: open"
-    )
-    axes.set_xlabel("difference in points, 95 %", fontsize=8)
-    figure.supxlabel(words, fontsize=8)
-    save(figure, path)
+        raise UsageError(f"views={path}: {cause}; give a .png in a folder that exists") from None
 
 
 @dataclass
@@ -429,7 +364,6 @@ class EvidenceConfig:
     """Options of evidence.py: the paper's claims as differences between runs, with intervals."""
 
     runs: str = option("", "folder with [SETTING/]seed0/results.json, [SETTING/]seed1/...")
-    picture: str = option("", "also draw the table to this PNG")
     views: str = option("", "print what each part holds of the view, and draw it to this PNG")
 
 
@@ -455,8 +389,6 @@ def main(argv):
     n = sum(c["claim"].is_headline for c in compared)
     compared = [compare(c["claim"], seeds, n) if c["claim"].is_headline else c for c in compared]
     print("\n".join(table_lines(compared)))
-    if config.picture:
-        draw(compared, config.picture)
 
 
 if __name__ == "__main__":
