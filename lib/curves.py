@@ -12,7 +12,7 @@ from lib.log import records
 
 # prefixes of the log's fields, in this order
 DRAWN = ("loss", "L_", "H_", "KL", "knn", "rank", "view_share", "data_wait")
-STYLES = {"full": ("-", "o"), "ir": ("--", "s"), "ef": (":", "^")}  # part: its line and marker
+STYLES = {"full": "o-", "ir": "s--", "ef": "^:"}  # part: its marker and line
 
 
 def read_log(run):
@@ -82,12 +82,10 @@ def _draw_panel(axes, logs, fields):
             _, part = panel_and_part(field)
             names = [run] * (len(logs) > 1) + [part] * (len(fields) > 1)
             color = number if len(logs) > 1 else list(STYLES).index(part)
-            line, marker = STYLES[part]
-            style = dict(color=f"C{color}", linestyle=line, markersize=4)
-            if len(points) < 20:  # a single point has no line
-                style["marker"] = marker
+            # some markers on a long line; a single point has no line
+            style = dict(color=f"C{color}", markersize=4, markevery=1 + len(points) // 20)
             if points:
-                axes.plot(*zip(*points), label=" ".join(names), **style)
+                axes.plot(*zip(*points), STYLES[part], label=" ".join(names), **style)
     if len(logs) > 1 or len(fields) > 1:
         axes.legend(fontsize=7)
 

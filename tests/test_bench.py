@@ -34,7 +34,6 @@ SMALL_ROWS = {
     "loss": (lambda: bench.loss_row(CPU, n=2, K=128), 2),
     "photo": (lambda: bench.photo_row(1000, 1200), 1),
     "views": (lambda: bench.views_row("caug+", n=1), 1),
-    "device views": (lambda: bench.device_views_row(CPU, "caug", n=2), 2),
     "end to end": (lambda: bench.end_to_end_row(CPU, "", "vit_micro", "baug", 1), 8),
     "scan": (lambda: bench.scan_row(CPU, 1, 8, 64), 1),
     "features": (lambda: bench.features_row(CPU, n=16), 16),
@@ -69,10 +68,9 @@ def test_a_row_is_timed_on_both_sides():
 def test_a_profile_shares_out_a_rows_time(capsys):
     bench.main(["--profile=True", "--rows=label propagation", "--device=cpu"])
     title, *lines = capsys.readouterr().out.splitlines()
-    shares = [float(line.split("%")[0]) for line in lines]
-    assert title.startswith("label propagation")
-    assert shares == sorted(shares, reverse=True)
-    assert 50 < sum(shares) <= 100.5
+    assert title == "label propagation, 30x52 patches of 8 frames: our side"
+    head, line, *_ = [line for line in lines if "-----" not in line and line.strip()]
+    assert "Self CPU %" in head and "aten::" in line
 
 
 def test_recorded_rows_are_rows():

@@ -16,11 +16,13 @@ matrix product in our precision or at copying memory.
 
 import atexit
 import contextlib
+import functools
 import gc
+import itertools
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -101,9 +104,6 @@ def must_agree(ours, reference, rtol):
             raise UsageError(f"{message}; the results must agree before speeds are compared")
 
 
-CPU = torch.device("cpu")
-
-
 def here_on(device, precision="auto"):
     return machine.Here(0, 1, device, *machine.choose_precision(precision, device))
 
@@ -138,57 +138,38 @@ def reference_run(device, size, n, **options):
     return run
 
 
-def reference_pair_loss(kind, student, teacher, center):
-    """Loop over the pairs; student: V logits (B, K), teacher: 2."""
-    total = 0
-    for i in range(2):
-        for v in range(len(student)):
-            if v != i:
-                q = F.softmax((teacher[i] - center) / 0.04, dim=-1).detach()
-                if kind == "cross-entropy":
-                    term = -q * F.log_softmax(student[v] / 0.1, dim=-1)
-                else:
-                    term = q * F.softmax(student[v] / 0.1, dim=-1)
-                total = total + term.sum(-1).mean()
-    return total / (2 * len(student) - 2)
-
-
 def reference_logits(network, views):
-    """Return the views' logits of each head, two sequences of (B, K)."""
+    """Return the views' logits of each head, two of (V, B, K)."""
     z = []
     for x in (images.flatten(0, 1) for images in views):
         is_vit = hasattr(network.backbone, "tokens")
         z.append(network.backbone.tokens(x)[0][:, 0] if is_vit else network.backbone(x))
     parts = torch.cat(z).tensor_split([network.d_ir], dim=1)
-    heads = network.heads.values()
-    return [head(part).chunk(sum(map(len, views))) for head, part in zip(heads, parts)]
+    B = views[0].shape[1]
+    return [head(z).unflatten(0, (-1, B)) for head, z in zip(network.heads.values(), parts)]
 
 
 def reference_step(run, views):
     """Train on ready views -> the loss, L_Orth."""
     with torch.no_grad():
-        teacher = reference_logits(run.teacher, views[:1])
-    student = reference_logits(run.network, views)
-    terms, norms = [], []
-    for kind, name, s, t in zip(("cross-entropy", "dot"), ("ir", "ef"), student, teacher):
-        terms.append(reference_pair_loss(kind, s, t, run.centers[name]))
-        norms.append(sum(torch.norm(p) ** 2 for p in run.network.heads[name].parameters()))
-    loss = terms[0] + terms[1] + run.config.lambda_preg * (norms[1] - norms[0]).abs()
+        t_ir, t_ef = reference_logits(run.teacher, views[:1])
+    s_ir, s_ef = reference_logits(run.network, views)
+    cl = losses.dino_loss(s_ir, t_ir, run.centers["ir"])
+    orth = losses.orthogonality(s_ef, t_ef, run.centers["ef"])
+    preg = losses.projection_regularization(run.network.head_ir, run.network.head_ef)
+    loss = cl + orth + run.config.lambda_preg * preg
     loss.item()  # the scripts look at each loss
     run.optimizer.zero_grad()
     loss.backward()
     for p in run.network.parameters():
-        if p.grad is not None:
-            norm = p.grad.norm(2)
-            if 3.0 / (norm + 1e-6) < 1:
-                p.grad.mul_(3.0 / (norm + 1e-6))
+        torch.nn.utils.clip_grad_norm_(p, 3.0, foreach=False)
     run.optimizer.step()
     with torch.no_grad():
         for p, q in zip(run.teacher.parameters(), run.network.parameters()):
             p.mul_(0.996).add_((1 - 0.996) * q)
-        for name, t in zip(("ir", "ef"), teacher):
-            run.centers[name] = run.centers[name] * 0.9 + torch.cat(t).mean(0) * 0.1
-    return loss, terms[1]
+    losses.update_center(run.centers["ir"], t_ir.mean((0, 1)))
+    losses.update_center(run.centers["ef"], t_ef.mean((0, 1)))
+    return loss, orth
 
 
 def random_batch(device, n, img_size=224, local_size=96):
@@ -198,11 +179,6 @@ def random_batch(device, n, img_size=224, local_size=96):
         some = torch.randint(0, 256, (n, views, 3, side, side), dtype=torch.uint8)
         crops.append(some.pin_memory() if device.type == "cuda" else some)
     return data.Batch(*crops, sample_seeds(0, torch.arange(n)), torch.zeros(n).long(), [])
-
-
-def views_on(device, batch, recipe):
-    crops = (some.to(device, non_blocking=True) for some in batch[:2])
-    return augment.augment_views(*crops, batch.seeds, recipe)
 
 
 def our_steps(run, batch, steps):
@@ -217,7 +193,8 @@ def step_row(device, size, n):
     batch = random_batch(device, n, size.img_size, size.local_size)
     ours = our_run(device, size, n, orth="dot")  # the reference's
     slow = reference_run(device, size, n)
-    views = views_on(device, batch, slow.recipe)
+    crops = (some.to(device) for some in batch[:2])
+    views = augment.augment_views(*crops, batch.seeds, slow.recipe)
 
     def reference():
         vmamba.set_backend("auto" if device.type == "cuda" else "loop")
@@ -245,48 +222,18 @@ def step_without_row(device, what, n=128):
     return Row(*sides, n * steps, rtol=1e-2, flops=True)
 
 
-def demo_step(device):
-    """Make a run of the demo, its images and a batch."""
-    config = configure(Config, [os.path.join(sys.path[0], "configs", "demo.py")])
-    here = here_on(device)
-    images, _ = data.open_for_training(config, here)
-    run = train.make_run(config, len(images) // config.batch_size, here)
-    return run, images, next(iter(data.train_loader(images, config, 0, 1, here)))
-
-
-def step_and_data_row(device):
-    """The demo's step and the making of its batch; reference: the step on a ready batch."""
-    run, images, batch = demo_step(device)
-    steps = STEPS_A_CALL[device.type]
-
-    def ours():
-        for batch in data.train_loader(images, run.config, 0, steps, run.here):
-            train.train_step(run, 0, batch)  # at a learning rate of 0
-        return batch[:3]
-
-    def reference():
-        for _ in range(steps):
-            train.train_step(run, 0, batch)
-        return batch[:3]
-
-    def first():
-        return next(iter(data.train_loader(images, run.config, 0, 1, run.here)))[:3]
-
-    return Row(ours, reference, len(batch.seeds) * steps, rtol=0, values=(first, lambda: batch[:3]))
-
-
 def busy_step_row(device):
     """The demo's step beside one busy process; reference: alone, on half the threads.
 
     That is the fair share on two cores. If waiting threads spin, it is a tenth of that.
     """
-    run, _, batch = demo_step(device)
+    config = configure(Config, [os.path.join(sys.path[0], "configs", "demo.py")])
+    here = here_on(device)
+    images, _ = data.open_for_training(config, here)
+    run = train.make_run(config, len(images) // config.batch_size, here)
+    batch = next(iter(data.train_loader(images, config, 0, 1, here)))
     threads = torch.get_num_threads()
-    parent = os.getpid()
-    spin = f"import os\nwhile os.getppid() == {parent}: pass"
-    busy = subprocess.Popen([sys.executable, "-c", spin])
-    busy.send_signal(signal.SIGSTOP)
-    atexit.register(busy.kill)
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
 
     def step(n):
         torch.set_num_threads(n)
@@ -295,10 +242,11 @@ def busy_step_row(device):
         return logged["L_CL"]
 
     def ours():
-        busy.send_signal(signal.SIGCONT)
-        loss = step(threads)
-        busy.send_signal(signal.SIGSTOP)
-        return loss
+        busy = subprocess.Popen([sys.executable, "-c", spin])
+        try:
+            return step(threads)
+        finally:
+            busy.kill()
 
     return Row(ours, lambda: step(max(1, threads // 2)), len(batch.seeds), rtol=1e-2)
 
@@ -311,8 +259,8 @@ def ten_crops(image, seed):
     return augment.crop_views(image, seed, 224, 96, 8, GLOBAL_SCALE, LOCAL_SCALE)
 
 
-def reference_views(recipe):
-    """Return the published scripts' transforms of the ten crops of a Pillow image."""
+def reference_transforms(recipe):
+    """Return the published scripts' transforms of a Pillow image, one for each of the ten crops."""
 
     def blur(picture):
         return picture.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
@@ -333,6 +281,12 @@ def reference_views(recipe):
 
     local = crop(96, LOCAL_SCALE, augment.LOCAL)
     return [crop(224, GLOBAL_SCALE, 0), crop(224, GLOBAL_SCALE, 1), *[local] * 8]
+
+
+def reference_views(transforms, pictures):
+    """Return the views of n pictures, image by image: (2, n, 3, 224, 224), (8, n, 3, 96, 96)."""
+    views = [torch.stack([f(picture) for picture in pictures]) for f in transforms]
+    return torch.stack(views[:2]), torch.stack(views[2:])
 
 
 def photos(n, H=440, W=440):
@@ -359,17 +313,13 @@ def views_row(recipe, n=8):
     """All ten crops of decoded images, on one core, from cropping to normalized floats."""
     images = photos(n)
     pictures = [to_pil_image(image) for image in images]
-    transforms = reference_views(augment.RECIPES[recipe])
-    calls = iter(range(10**9))
+    reference = partial(reference_views, reference_transforms(augment.RECIPES[recipe]), pictures)
+    calls = itertools.count()
 
     def ours():
         seeds = sample_seeds(next(calls), torch.arange(n))
         crops = zip(*map(ten_crops, images, seeds))
         return augment.augment_views(*map(torch.stack, crops), seeds, augment.RECIPES[recipe])
-
-    def reference():
-        views = [[transform(picture) for picture in pictures] for transform in transforms]
-        return [torch.stack([torch.stack(v) for v in some]) for some in (views[:2], views[2:])]
 
     def moments(make):  # random numbers differ, so distributions are compared, of a few batches
         torch.manual_seed(0)
@@ -381,22 +331,14 @@ def views_row(recipe, n=8):
     return Row(ours, reference, n, rtol=0.05, values=values, one_core=True)
 
 
-def device_views_row(device, recipe, n=128):
-    """The device stage of all ten crops, copied there as uint8; reference: all the host's cores."""
-    batch = random_batch(device, n)
-    recipe = augment.RECIPES[recipe]
-    sides = [partial(views_on, at, batch, recipe) for at in (device, CPU)]
-    return Row(*sides, images=n, rtol=1e-3)
-
-
-def small_crops_row(size, local_size, local_crops, n=128):
+def small_crops_row(n=128):
     """The crops of a batch of small images, at once; reference: image by image, as from files."""
-    names = ("img_size", "local_size", "local_crops", "batch_size", "workers")
-    config = Config(**dict(zip(names, (size, local_size, local_crops, n, 0))))
-    images = shapes("train", 64 if size > 32 else 32, n)
+    config = Config(img_size=48, local_size=24, local_crops=4, batch_size=n, workers=0)
+    images = shapes("train", 64, n)
+    here = here_on(torch.device("cpu"), "fp32")
 
     def crops(some):
-        return next(iter(data.train_loader(some, config, 0, 1, here_on(CPU, "fp32"))))[:2]
+        return next(iter(data.train_loader(some, config, 0, 1, here)))[:2]
 
     sides = [partial(crops, some) for some in (images, replace(images, pixels=None))]
     return Row(*sides, n, rtol=0, one_core=True)
@@ -414,19 +356,6 @@ def photo_row(H=2000, W=3000):
     return Row(*sides, images=1, rtol=0.02, one_core=True)
 
 
-@dataclass
-class TransformedImages:
-    """The published scripts' data set: open with Pillow, then each transform for each crop."""
-
-    images: data.Images
-    transforms: list
-
-    def __getitem__(self, i):
-        picture = pil_loader(self.images.name(i))
-        views = [transform(picture) for transform in self.transforms]
-        return torch.stack(views[:2]), torch.stack(views[2:])
-
-
 def end_to_end_row(device, folder, arch, recipe, n):
     """From JPEG files to a new student; reference: Pillow, torchvision's transforms, its own step.
 
@@ -438,7 +367,7 @@ def end_to_end_row(device, folder, arch, recipe, n):
     options = dict(recipe=recipe, workers=workers)
     ours = our_run(device, Size(arch, 16, 224, 96, 4096), n, **options, drop_path=0.0)
     slow = reference_run(device, Size(arch, 16, 224, 96, 4096), n, **options)
-    transformed = TransformedImages(images, reference_views(slow.recipe))
+    transforms = reference_transforms(slow.recipe)
     limited = data.limit_decode(images, ours.config)
 
     def order(steps):
@@ -450,11 +379,13 @@ def end_to_end_row(device, folder, arch, recipe, n):
             loss, _ = our_steps(ours, batch, 1)
         return loss
 
+    def load(numbers):
+        return reference_views(transforms, [pil_loader(images.name(i)) for i in numbers])
+
     def run_reference(steps):
-        options = dict(num_workers=workers, pin_memory=gpu)
-        batches = order(steps).view(-1, n).tolist()
-        for views in torch.utils.data.DataLoader(transformed, batch_sampler=batches, **options):
-            loss, _ = reference_step(slow, [x.transpose(0, 1).to(device) for x in views])
+        options = dict(collate_fn=load, num_workers=workers, pin_memory=gpu)
+        for views in torch.utils.data.DataLoader(order(steps), n, **options):
+            loss, _ = reference_step(slow, [x.to(device) for x in views])
         return loss
 
     steps, slow_steps = (200, 20) if gpu else (8, 8)
@@ -467,28 +398,26 @@ def end_to_end_row(device, folder, arch, recipe, n):
 def loss_row(device, n=64, K=65536, d=256):
     """L_CL and L_Orth over ten views with both heads' last layers, forward and backward."""
     torch.manual_seed(0)
-    center = torch.zeros(K, device=device)
-    pairs = {}  # kind -> student's unit vectors, its last layer, the teacher's
-    for kind in ("cross-entropy", "dot"):
+    center, temps = torch.zeros(K, device=device), (0.1, 0.04)
+    pairs = {}  # pair term -> student's unit vectors, its last layer, the teacher's
+    for term in (losses.cross_entropy, losses.dot):
         student, teacher = (F.normalize(torch.randn(v, n, d), dim=-1).to(device) for v in (10, 2))
         layers = [WeightNormLinear(d, K).to(device) for _ in ("student", "teacher")]
-        pairs[kind] = student.requires_grad_(), layers[0], teacher, layers[1]
+        pairs[term] = student.requires_grad_(), layers[0], teacher, layers[1]
 
     def run(pair_loss):
         for student, layer, *_ in pairs.values():
             student.grad = layer.weight_v.grad = None
-        total = sum(pair_loss(kind, *pair) for kind, pair in pairs.items())
+        total = sum(pair_loss(term, *pair) for term, pair in pairs.items())
         total.backward()
         return total, *(layer.weight_v.grad.norm() for _, layer, *_ in pairs.values())
 
-    def ours(kind, *pair):
-        return fused.prototype_loss(losses.PAIR_TERMS[kind], *pair, center, (0.1, 0.04))[0]
+    def ours(*given):
+        return fused.prototype_loss(*given, center, temps)[0]
 
-    def reference(kind, student, layer, teacher, teacher_layer):
-        with torch.no_grad():
-            t = F.linear(teacher, F.normalize(teacher_layer.weight_v, dim=-1))  # (2, B, K)
-        s = F.linear(student, F.normalize(layer.weight_v, dim=-1))  # (10, B, K)
-        return reference_pair_loss(kind, s, t, center)
+    def reference(term, student, layer, teacher, teacher_layer):
+        t = teacher_layer(teacher).detach()  # (2, B, K)
+        return losses.pair_loss(term, layer(student), t, center, *temps)
 
     return Row(lambda: run(ours), lambda: run(reference), images=n, rtol=1e-4, flops=True)
 
@@ -543,11 +472,8 @@ def features_row(device, n=512):
 
     @torch.no_grad()
     def reference():
-        z = []
-        for at in range(0, n, 256):
-            x = torch.stack([transform(picture) for picture in pictures[at : at + 256]])
-            z.append(backbone.tokens(x.to(device))[0][:, 0])
-        return torch.cat(z)
+        x = torch.stack([transform(picture) for picture in pictures]).to(device)
+        return torch.cat([backbone.tokens(part)[0][:, 0] for part in x.split(256)])
 
     return Row(ours, reference, n, rtol=1e-3, values=(lambda: ours("fp32"), reference))
 
@@ -613,22 +539,14 @@ def rows(device, folder):
         if n:
             name = f"step {size.arch}{patch}, {crops}, batch {n}, K {size.out_dim}"
             found[name] = partial(step_row, device, size, n)
-    found["demo's step and its batch / the step alone"] = partial(step_and_data_row, device)
     if not gpu:
         name = "demo's step beside a busy process / half alone"
         found[name] = partial(busy_step_row, device)
-    for sizes in ((32, 16, 4), (48, 24, 4), (64, 32, 8)):
-        name = "crops of {0} px images, 2x{1}+{3}x{2}, one core"
-        side = 64 if sizes[0] > 32 else 32
-        found[name.format(side, *sizes)] = partial(small_crops_row, *sizes)
+    found["crops of 64 px images, 2x48+4x24, one core"] = small_crops_row
     for what in ("compiled blocks", "side stream") if gpu else ():
         found[f"step vit_small/16, CAug+, {what} or not"] = partial(step_without_row, device, what)
     for recipe, name in RECIPE_NAMES.items():
         found[f"views {name}, one core"] = partial(views_row, recipe)
-    for recipe, name in RECIPE_NAMES.items() if gpu else ():
-        found[f"device stage of views {name}, batch 128"] = partial(
-            device_views_row, device, recipe
-        )
     found["crops of a JPEG of 2000x3000, one core"] = photo_row
     arch, n = ("vit_small", 128) if gpu else ("vit_micro", 16)
     for recipe in ("caug", "caug+") if gpu else ("caug+",):
@@ -661,18 +579,12 @@ def table_line(row):
     return f"| {' | '.join(cells)} |"
 
 
-def prepare(device):
-    """Set up this process as training does."""
-    if device.type == "cpu":
-        processor.keep_freed_memory()
-
-
+@functools.cache
 def open_side(name, side, device, folder):
-    """Begin a process that serves one side of a row."""
-    global served
+    """Build a row and set this process up as one of its sides needs it -> that side's call."""
     multiprocessing.set_start_method("fork", force=True)  # of loading workers
-    if side == "ours":
-        prepare(device)
+    if side == "ours" and device.type == "cpu":
+        processor.keep_freed_memory()
     row = rows(device, folder)[name]()
     here_on(device, "auto" if side == "ours" else "fp32")  # each side's build has set its own
     if side == "reference":  # as torch has it by default, and so the published scripts
@@ -680,53 +592,47 @@ def open_side(name, side, device, folder):
         torch.backends.cuda.enable_cudnn_sdp(True)
     if row.one_core:
         torch.set_num_threads(1)
-    served = partial(timed, getattr(row, side), device)
+    return getattr(row, side)
 
 
-def call_side():
-    return served()
+def call_side(name, side, device, folder):
+    return timed(open_side(name, side, device, folder), device)
 
 
 def timed(call, device):
     """Return a call's seconds and the MB that it adds at its peak, None if that is unknown."""
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins here
-    before, _ = memory(device)
+    before = peak_memory(device, starts_now=True)
     start = time.perf_counter()
     call()
-    if gpu:
+    if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    _, peak = memory(device)
-    return seconds, None if before is None else peak - before
+    return seconds, None if before is None else peak_memory(device) - before
 
 
-def memory(device):
-    """Return MB in use now and at the peak; None, None where the system does not tell."""
+def peak_memory(device, starts_now=False):
+    """Return the MB in use at the peak, which may start now; None if the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated() / 1e6, torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        lines = dict(line.split(":", 1) for line in file)
-        return tuple(int(lines[name].split()[0]) / 1e3 for name in ("VmRSS", "VmHWM"))
-    return None, None
+        if starts_now:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(OSError):
+        if starts_now:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    return None
 
 
 def limits(device):
     """Return the most this machine does: flops (a second, in our precision), bytes (of a copy)."""
     gpu = device.type == "cuda"
     n = 8192 if gpu else 2048
-    here = here_on(device)
-    a = torch.randn(n, n, device=device)
-    a = a.bfloat16() if here.precision == "bf16" else a
+    dtype = torch.bfloat16 if here_on(device).precision == "bf16" else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
     big = torch.zeros(2**28 if gpu else 2**26, device=device)
     target = torch.empty_like(big)
-    with torch.no_grad(), here.autocast():
-        product = min(timed(lambda: a @ a, device)[0] for _ in range(6))
-        copy = min(timed(lambda: target.copy_(big), device)[0] for _ in range(6))
+    product = min(timed(lambda: a @ a, device)[0] for _ in range(6))
+    copy = min(timed(lambda: target.copy_(big), device)[0] for _ in range(6))
     return dict(flops=2 * n**3 / product, bytes=8 * len(big) / copy)  # read and written
 
 
@@ -737,20 +643,17 @@ def count_flops(call):
     return counter.get_total_flops()
 
 
-def profile_lines(call, device, calls=3, most=12):
-    """Yield where a call's time goes, by operator, the largest first; on a GPU by kernel."""
+def profile_table(call, device):
+    """Return where the time of three calls goes, by operator, on a GPU by kernel, largest first."""
     gpu = device.type == "cuda"
     call()
     kinds = torch.profiler.ProfilerActivity
     activity = kinds.CUDA if gpu else kinds.CPU
     with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
-        for _ in range(calls):
+        for _ in range(3):
             call()
-    field = "self_device_time_total" if gpu else "self_cpu_time_total"
-    spent = {event.key: getattr(event, field) for event in profiler.key_averages()}
-    total = sum(spent.values())
-    for name, microseconds in sorted(spent.items(), key=lambda item: -item[1])[:most]:
-        yield f"{microseconds / total:6.1%}  {microseconds / calls / 1e3:8.1f} ms  {name}"
+    order = "self_device_time_total" if gpu else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=12)
 
 
 def time_sides(name, device, config):
@@ -758,13 +661,11 @@ def time_sides(name, device, config):
     seen = {side: [] for side in SIDES}
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        pools = {}
-        for side in SIDES:
-            pool = ProcessPoolExecutor(1, spawn, open_side, (name, side, device, config.data))
-            pools[side] = stack.enter_context(pool)
+        pools = {side: stack.enter_context(ProcessPoolExecutor(1, spawn)) for side in SIDES}
         for _ in tqdm(range(config.repeats + 1), desc=name, leave=False):
-            for side in SIDES:
-                seen[side].append(pools[side].submit(call_side).result())
+            for side, pool in pools.items():
+                called = pool.submit(call_side, name, side, device, config.data)
+                seen[side].append(called.result())
     return seen
 
 
@@ -800,10 +701,8 @@ def main(argv):
     if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
         raise UsageError(f"json={config.json}: its folder does not exist; create it")
     if config.profile:
-        prepare(device)
         for name, make in chosen.items():
-            print(f"{name}: share of our side's time, a call's milliseconds, operator or kernel")
-            print("\n".join(profile_lines(make().ours, device)), flush=True)
+            print(f"{name}: our side", profile_table(make().ours, device), sep="\n", flush=True)
         return
     name = f"CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device.type == "cuda" else name

@@ -54,10 +54,9 @@ def main(argv):
     if not config.ckpt:
         raise UsageError("no checkpoint given; use --ckpt=out/demo/ckpt.pt")
     saved = read_checkpoint(config.ckpt)
-    if not isinstance(saved, dict) or "config" not in saved:
-        raise UsageError(f"ckpt={config.ckpt}: not the ckpt.pt of a run")
-    if saved["config"]["method"] not in ("clever", "dino"):
-        raise UsageError(f"ckpt={config.ckpt}: of {saved['config']['method']}; give clever or dino")
+    trained = saved.get("config", {}) if isinstance(saved, dict) else {}
+    if trained.get("method") not in ("clever", "dino"):
+        raise UsageError(f"ckpt={config.ckpt}: not the ckpt.pt of a run of clever or dino")
     for term, lengths in lengths_of(saved).items():
         print(f"{term:7}", "  ".join(f"{part} {length:.1e}" for part, length in lengths.items()))
 
