@@ -539,19 +539,20 @@ def rows(device, folder):
         if n:
             name = f"step {size.arch}{patch}, {crops}, batch {n}, K {size.out_dim}"
             found[name] = partial(step_row, device, size, n)
-    if not gpu:
-        name = "demo's step beside a busy process / half alone"
-        found[name] = partial(busy_step_row, device)
-    found["crops of 64 px images, 2x48+4x24, one core"] = small_crops_row
-    for what in ("compiled blocks", "side stream") if gpu else ():
-        found[f"step vit_small/16, CAug+, {what} or not"] = partial(step_without_row, device, what)
+    if gpu:
+        for what in ("compiled blocks", "side stream"):
+            name = f"step vit_small/16, CAug+, {what} or not"
+            found[name] = partial(step_without_row, device, what)
+    else:
+        found["demo's step beside a busy process / half alone"] = partial(busy_step_row, device)
+    arch, n = ("vit_small", 128) if gpu else ("vit_micro", 16)
+    for recipe in ("caug", "caug+"):
+        name = f"JPEG to weights, {arch}/16, {RECIPE_NAMES[recipe]}, batch {n}"
+        found[name] = partial(end_to_end_row, device, folder, arch, recipe, n)
     for recipe, name in RECIPE_NAMES.items():
         found[f"views {name}, one core"] = partial(views_row, recipe)
     found["crops of a JPEG of 2000x3000, one core"] = photo_row
-    arch, n = ("vit_small", 128) if gpu else ("vit_micro", 16)
-    for recipe in ("caug", "caug+") if gpu else ("caug+",):
-        name = f"JPEG to weights, {arch}/16, {RECIPE_NAMES[recipe]}, batch {n}"
-        found[name] = partial(end_to_end_row, device, folder, arch, recipe, n)
+    found["crops of 64 px images, 2x48+4x24, one core"] = small_crops_row
     n = 128 if gpu else 64
     found[f"loss and last layers, 10 views, batch {n}, K 65536"] = partial(loss_row, device, n)
     n = 64 if gpu else 2
@@ -660,10 +661,9 @@ def time_sides(name, device, config):
     """Call both sides of a row in turns -> {side: [(seconds, MB) of each call]}."""
     seen = {side: [] for side in SIDES}
     spawn = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pools = {side: stack.enter_context(ProcessPoolExecutor(1, spawn)) for side in SIDES}
+    with ProcessPoolExecutor(1, spawn) as one, ProcessPoolExecutor(1, spawn) as other:
         for _ in tqdm(range(config.repeats + 1), desc=name, leave=False):
-            for side, pool in pools.items():
+            for side, pool in zip(SIDES, (one, other)):
                 called = pool.submit(call_side, name, side, device, config.data)
                 seen[side].append(called.result())
     return seen
