@@ -18,6 +18,7 @@ from lib.config import UsageError
 from lib.results import pack_correct, unpack_correct
 
 import evidence
+import gradients
 
 T_2 = 4.302653  # Student's t, two degrees of freedom, 95 % two-sided
 
@@ -293,17 +294,26 @@ def test_the_tables_of_results_are_those_of_the_kept_answers(capsys, runs):
 
 def test_the_gradients_of_a_run_are_told(folder, tmp_path):
     """L_PReg pulls at both heads alike and at no backbone; without a weight nothing pulls."""
-    how = arguments(data=folder, out_dir=tmp_path, epochs=1, warmup_epochs=0, beta=0)
+    how = arguments(data=folder, out_dir=tmp_path / "run", epochs=1, warmup_epochs=0, beta=0)
     run_script("train.py", *how)
-    done = run_script("tools/gradients.py", f"--ckpt={tmp_path / 'ckpt.pt'}")
-    lengths = {}
-    for line in done.stdout.splitlines()[-3:]:
-        term, *words = line.split()
-        lengths[term] = dict(zip(words[::2], map(float, words[1::2])))
-    assert lengths["L_CL"]["backbone"] > 0 and lengths["L_CL"]["head_ef"] == 0
-    assert set(lengths["L_Orth"].values()) == {0.0}
-    preg = lengths["L_PReg"]
+    path = tmp_path / "lengths.json"
+    done = run_script("tools/gradients.py", f"--runs={tmp_path}/r*", f"--json={path}")
+    [(run, found)] = json.loads(path.read_text()).items()
+    assert done.stdout.splitlines() == list(gradients.table_lines({run: found}))
+    assert found["L_CL"]["backbone"] > 0 and found["L_CL"]["head_ef"] == 0
+    assert [found["L_Orth"][part] for part in gradients.PARTS] == [0.0, 0.0, 0.0]
+    preg = found["L_PReg"]
     assert preg["backbone"] == 0 and preg["head_ir"] > 0 and preg["head_ef"] > 0
+    assert 0 < found["H_ef"] <= found["ln K"]
+
+
+def test_the_gradients_of_docs_are_the_kept_ones():
+    lengths = json.loads((ROOT / "results" / "nano_shapes" / "gradients.json").read_text())
+    lines = list(gradients.table_lines(lengths))
+    text = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert len(lines) > 5
+    for line in lines:
+        assert line in text, line
 
 
 @pytest.mark.slow
