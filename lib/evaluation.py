@@ -76,13 +76,10 @@ def open_models(config, here):
         raise UsageError("no checkpoint given; use --ckpt=out/demo/ckpt.pt")
     models = []
     for path in filter(None, (config.ckpt, config.compare)):
-        backbone, trained = load_backbone(path)
+        backbone, trained = load_backbone(path, ratio=config.ratio)
         method = trained.get("method", trained["arch"])
         row = path if method in [model.row for model in models] else method
-        known = trained.get("ratio", config.ratio)
-        if config.ratio not in (None, known):
-            raise UsageError(f"ratio={config.ratio}: {path} has ratio={known}; remove --ratio")
-        d_ir = ir_dims(backbone.dim, known or 1.0)
+        d_ir = ir_dims(backbone.dim, trained.get("ratio", 1.0))
         models.append(Model(row, backbone.to(here.device), d_ir, trained))
     facts = [_facts(model.trained) for model in models]
     if facts[0] != facts[-1]:

@@ -243,7 +243,7 @@ def test_the_ratio_of_a_bare_backbone_is_an_option(tmp_path):
     [model] = open_models(tmp_path / "x.pt", ratio=0.25)
     assert evaluation.chosen_parts([model], "ef", "x") == [(model.row, "ef")] and model.d_ir == 32
     save(tmp_path / "run", run_config(ratio=0.5))
-    with pytest.raises(UsageError, match=r"ratio=0\.25: .*has ratio=0\.5; remove --ratio"):
+    with pytest.raises(UsageError, match=r"ratio=0\.25: .*has ratio=0\.5; remove it"):
         open_models(tmp_path / "run" / "ckpt.pt", ratio=0.25)
 
 
