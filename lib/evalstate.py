@@ -66,8 +66,9 @@ class CosineSGD:
         optimizer = torch.optim.SGD(groups, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
         self.learners = dict(module=module, optimizer=optimizer, scheduler=scheduler)
-        for name in self.learners if begun else ():
-            self.learners[name].load_state_dict(begun[name])
+        if begun:
+            for name, learner in self.learners.items():
+                learner.load_state_dict(begun[name])
         limits = begun.get("epoch", 0) * self.per_epoch, config.epochs * self.per_epoch
         self.steps = data.Schedule(n, config.batch_size, seed, *limits, here.rank, here.world)
         self.module = module

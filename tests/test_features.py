@@ -28,8 +28,8 @@ def test_knn_is_the_weighted_vote():
         for n in nearest:
             votes[train_y[n]] += torch.exp(similarity[n] / 0.07).item()
         right += votes.index(max(votes)) == y.item()
-    accuracy = features.knn_accuracy(train_x, train_y, test_x, test_y)
-    assert accuracy == pytest.approx(100 * right / 40)
+    found = features.knn_correct(train_x, train_y, test_x, test_y)
+    assert results.percent(found) == pytest.approx(100 * right / 40)
 
 
 def ridge_accuracies(train_x, train_y, tests):
