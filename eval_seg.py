@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -177,20 +177,20 @@ class Propagation:
     """`propagate`, one frame at a time. Keeps the first frame and the n_last latest, no more."""
 
     def __init__(self, first, n_last, radius, topk, temperature):
-        self.labels = first.float()
-        self.first = []  # (features (h, w, dim) of unit length, labels (C, h, w))
-        self.latest = deque(maxlen=n_last)
+        self.first = first.float()
+        self.n_last = n_last
         self.options = (radius, topk, temperature)
+        self.frames = []  # (features (h, w, dim) of unit length, labels (C, h, w))
 
     def step(self, features):
         """Take the next frame's features (h, w, dim), return its labels (C, h, w)."""
         unit = F.normalize(features.float(), dim=-1)
-        if not self.first:
-            self.first = [(unit, self.labels)]
-            return self.labels
-        sources, known = map(torch.stack, zip(*self.first, *self.latest))
-        labels = next_labels(unit, sources, known, *self.options)
-        self.latest.append((unit, labels))
+        labels = self.first
+        if self.frames:
+            labels = next_labels(unit, *map(torch.stack, zip(*self.frames)), *self.options)
+        self.frames.append((unit, labels))
+        if len(self.frames) > 1 + self.n_last:
+            del self.frames[1]
         return labels
 
 

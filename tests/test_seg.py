@@ -310,7 +310,7 @@ def test_a_propagation_keeps_the_first_frame_and_the_latest():
     frames = F.normalize(torch.randn(6, 1, 1, 4, generator=torch.Generator().manual_seed(0)), dim=3)
     for frame in frames:
         propagation.step(frame)
-    held = torch.stack([unit for unit, _ in [*propagation.first, *propagation.latest]])
+    held = torch.stack([unit for unit, _ in propagation.frames])
     torch.testing.assert_close(held, frames[[0, 4, 5]])
 
 
