@@ -17,13 +17,12 @@ ridge: kNN and ridge classifiers of class and rotation; view shares and the view
 Every number is appended to results.json beside the checkpoint, with its protocol.
 """
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import data, equivariance, evalstate, evaluation, linear, machine, results, sources
-from lib.config import UsageError, configure, option
+from lib import equivariance, evalstate, evaluation, linear, machine, results, sources
+from lib.config import configure, option
 
 PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (authors' README)
     ("dino", "vit_tiny", "caug"): (66.2, 62.6),  # tests: orig, cj+ro
@@ -49,7 +48,7 @@ PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (aut
 }
 TESTS = "orig,cj,cj+flip,cj+ro,cj+ro+et,ro,cj+ro180,cj+ro+et50,cj+ro+et150"
 LINEAR_ONLY = (  # options that --protocol=ridge does not read
-    *("part", "cut", "blocks", "tests", "views", "epochs", "batch_size"),
+    *("part", "cut", "tests", "views", "epochs", "batch_size"),
     *("lr", "lrs", "held_out", "knn", "seeds"),
 )
 
@@ -69,13 +68,9 @@ class LinearConfig(linear.ClassifierConfig):
     # fmt: on
 
     def __post_init__(self):
-        if self.protocol != "ridge":
-            return
-        self.untrained = True
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in LINEAR_ONLY and value != field.default:
-                raise UsageError(f"{field.name}={value}: not for --protocol=ridge; remove it")
+        if self.protocol == "ridge":
+            self.untrained = True
+            self.refuse(LINEAR_ONLY, "--protocol=ridge")
 
 
 def published_rows(models, classes, tests):
@@ -99,42 +94,27 @@ def main(argv):
     tests = linear.perturbation_tests(config.tests)
     here, models, trained, size, folder = evaluation.start(config)
     config.data, config.classes = evaluation.data_of(config, trained)
-    train, val = data.labeled_splits(
-        config.data, config.classes, config.data_root, config.download, size
-    )
     is_ridge = config.protocol == "ridge"
-    task = linear.Task(
-        name="probe" if is_ridge else "linear",
-        train=train,
-        test=val,
-        n_classes=len(train.classes),
-        view=linear.flipped,
-        label=linear.own_label,
-        tests=tests,
-        chosen_on=linear.perturbation_tests("orig"),
-    )
-    about = f"{len(train)} training images"
+    task = linear.class_task("probe" if is_ridge else "linear", config, size)
+    task = task._replace(tests=tests)
+    about = f"{config.protocol} protocol"
     if not is_ridge:
-        fit, _ = sources.hold_out(train.labels, config.held_out, config.seed)
+        fit, _ = sources.hold_out(task.train.labels, config.held_out, config.seed)
         config.batch_size = evaluation.batch_size_of(config.batch_size, len(fit), here.world)
-        about += f" ({config.held_out:.0%} held out), {config.epochs} epochs"
+        about += f", {config.held_out:.0%} held out, {config.epochs} epochs"
         about += f", batch {config.batch_size}"
+    evaluation.announce(about, task, here)
     protocol = results.protocol_of(config, models, task, size, here)
     if is_ridge:
         protocol = {name: protocol[name] for name in protocol if name not in LINEAR_ONLY}
     state = evalstate.EvalState(folder, protocol)
-    if here.is_main:
-        about += f"; {len(val)} test images, {task.n_classes} classes, {here.device.type} "
-        about += here.precision + (f"; continuing {state.path}" if state.exists() else "")
-        print(f"{config.protocol} protocol, {about}", flush=True)
-
     if is_ridge:
-        given = (models, train, val, size, here, config.workers, config.seed)
+        given = (models, task.train, task.test, size, here, config.workers, config.seed)
         rows, verdict = equivariance.ridge_protocol(*given, save_correct=config.save_correct)
         published = []
     else:
         rows = linear.linear_probe(models, task, config, size, here, state, config.knn)
-        published = published_rows(models, train.classes, {row["test"] for row in rows})
+        published = published_rows(models, task.train.classes, {row["test"] for row in rows})
     results.finish(state, protocol, time.perf_counter() - since, rows, published)
     if is_ridge and here.is_main:
         equivariance.tell(rows, verdict, Path(folder) / "view_share.png")

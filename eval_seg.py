@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,10 +54,10 @@ class SegConfig(evaluation.EvalConfig):
     arch, img_size = "", 0  # not options: the checkpoint's
 
     def __post_init__(self):
-        if self.image and self.task == "davis":
-            raise UsageError(f"image={self.image}: only for --task=saliency; remove it")
-        if self.part and self.task == "saliency":
-            raise UsageError(f"part={self.part}: TokenCut compares keys, not parts of z; remove it")
+        if self.task == "davis":
+            self.refuse(["image"], "--task=davis")
+        else:
+            self.refuse(["part"], "--task=saliency (TokenCut compares keys, not parts of z)")
 # fmt: on
 
 # --- TokenCut -------------------------------------------------------------------------------------
@@ -91,24 +91,19 @@ def tokencut(features, tau=0.2):
 
 
 def component(mask, row, column):
-    """Return the part of mask (h, w) bool that steps up, down, left, right join to a cell."""
-    cross = torch.tensor([[[[0.0, 1, 0], [1, 1, 1], [0, 1, 0]]]], device=mask.device)
-    grown = torch.zeros_like(mask)
-    grown[row, column] = mask[row, column]
-    while True:
-        wider = (F.conv2d(grown.float()[None, None], cross, padding=1)[0, 0] > 0) & mask
-        if torch.equal(wider, grown):
-            return grown
-        grown = wider
+    """Return the part of mask (h, w) bool that steps up, down, left, right join to its cell."""
+    picture = to_pil_image(mask.byte().cpu()).copy()  # of an array it is read-only
+    ImageDraw.floodfill(picture, (column, row), 2)
+    return (pil_to_tensor(picture)[0] == 2).to(mask.device)
 
 
-def bilateral_solver(image, target, spatial=16, luma=16, chroma=8, steps=25, tolerance=1e-5):
+def bilateral_solver(image, target, spatial=16, steps=25, tolerance=1e-5):
     """Smooth target (H, W) in [0, 1] where image uint8 (3, H, W) is smooth: (H, W) float64.
 
     Minimizes 256 * roughness + 0.999 * (distance to target)^2 over cells of place and color (Barron
     and Poole 2016, TokenCut's constants): a cell has one value, neighboring cells differ little.
     """
-    cell, neighbors = bilateral_grid(image, spatial, luma, chroma)
+    cell, neighbors = bilateral_grid(image, spatial)
 
     def splat(pixels):  # sums over the pixels of each cell
         return torch.zeros(neighbors.shape[1]).double().index_add_(0, cell, pixels)
@@ -146,11 +141,14 @@ def bilateral_solver(image, target, spatial=16, luma=16, chroma=8, steps=25, tol
     return solution[cell].view(target.shape)
 
 
-def bilateral_grid(image, spatial, luma, chroma):
-    """Return the cell of each pixel (H*W,), and the neighbors of each cell (10, M); M: no such."""
+def bilateral_grid(image, spatial):
+    """Return the cell of each pixel (H*W,), and the neighbors of each cell (10, M); M: no such.
+
+    A cell is `spatial` pixels a side, 16 levels of luma and 8 of each chroma.
+    """
     y, x = torch.meshgrid(*map(torch.arange, image.shape[1:]), indexing="ij")
     Y, U, V = torch.einsum("ij,jhw->ihw", torch.tensor(TO_YUV).double(), image.cpu().double())
-    color = [Y // luma, (U + 128) // chroma, (V + 128) // chroma]
+    color = [Y // 16, (U + 128) // 8, (V + 128) // 8]
     place = torch.stack([x // spatial, y // spatial, *color]).long().flatten(1)  # (5, H*W)
     strides = torch.tensor([4096**axis for axis in range(5)])  # no axis has as many cells
     cells, cell = torch.unique(strides @ place, return_inverse=True)
@@ -179,20 +177,20 @@ class Propagation:
     """`propagate`, one frame at a time. Keeps the first frame and the n_last latest, no more."""
 
     def __init__(self, first, n_last, radius, topk, temperature):
-        self.labels = first.float()
-        self.first = []  # (features (h, w, dim) of unit length, labels (C, h, w))
-        self.latest = deque(maxlen=n_last)
+        self.first = first.float()
+        self.n_last = n_last
         self.options = (radius, topk, temperature)
+        self.frames = []  # (features (h, w, dim) of unit length, labels (C, h, w))
 
     def step(self, features):
         """Take the next frame's features (h, w, dim), return its labels (C, h, w)."""
         unit = F.normalize(features.float(), dim=-1)
-        if not self.first:
-            self.first = [(unit, self.labels)]
-            return self.labels
-        sources, known = map(torch.stack, zip(*self.first, *self.latest))
-        labels = next_labels(unit, sources, known, *self.options)
-        self.latest.append((unit, labels))
+        labels = self.first
+        if self.frames:
+            labels = next_labels(unit, *map(torch.stack, zip(*self.frames)), *self.options)
+        self.frames.append((unit, labels))
+        if len(self.frames) > 1 + self.n_last:
+            del self.frames[1]
         return labels
 
 
@@ -241,6 +239,7 @@ def harden(labels, sides, H, W):
 
 # --- measures -------------------------------------------------------------------------------------
 
+BETA2 = 0.3  # weight of the recall in a saliency map's F
 TOLERANCE = 0.008  # of the image's diagonal: how far a boundary may lie from the other boundary
 MEASURES = ("J&F", "J mean", "J recall", "J decay", "F mean", "F recall", "F decay")
 
@@ -250,18 +249,18 @@ def ratio(part, whole):
     return torch.where(whole > 0, part.double() / whole.clamp(min=1), 1.0)
 
 
-def saliency_metrics(maps, gts, beta2=0.3):
+def saliency_metrics(maps, gts):
     """Score maps (H, W) in [0, 1] by gts (H, W), foreground above 0.5: {max_f, iou, acc} in [0, 1].
 
     As TokenCut's own metrics: iou and acc of the map cut at 0.5; F_beta at 255 thresholds, averaged
     over the images, then its maximum.
     """
-    scores = [image_metrics(map_, gt, beta2) for map_, gt in zip(maps, gts)]
+    scores = [image_metrics(map_, gt) for map_, gt in zip(maps, gts)]
     iou, acc, *f_beta = torch.stack(scores).mean(0).tolist()
     return dict(max_f=max(f_beta), iou=iou, acc=acc)
 
 
-def image_metrics(map_, gt, beta2=0.3):
+def image_metrics(map_, gt):
     """Return iou, acc, and F_beta at 0, 1/255, ... 254/255 of one image: (2 + 255,) float64."""
     map_ = torch.as_tensor(map_).double().cpu()
     gt = torch.as_tensor(gt).cpu() > 0.5
@@ -274,7 +273,7 @@ def image_metrics(map_, gt, beta2=0.3):
         for values in (map_.flatten(), map_[gt])
     )
     precision, recall = ratio(right, found), ratio(right, gt.sum())
-    f_beta = ((1 + beta2) * precision * recall / (beta2 * precision + recall)).nan_to_num(0.0)
+    f_beta = ((1 + BETA2) * precision * recall / (BETA2 * precision + recall)).nan_to_num(0.0)
     return torch.cat([torch.stack([iou, acc]), f_beta])
 
 
@@ -317,13 +316,12 @@ def object_measures(name, jf):
 
 # --- data sets ------------------------------------------------------------------------------------
 
-# fmt: off
-FOLDERS = (  # of images and of masks; the second is ECSSD's
-    ("img", "gt"), ("images", "ground_truth_mask"), ("images", "masks"), ("Imgs", "Imgs"),
-    ("Image", "GT"), ("Image", "Mask"), ("DUTS-TE-Image", "DUTS-TE-Mask"),
-    ("DUTS-TR-Image", "DUTS-TR-Mask"), ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
+FOLDERS = (  # of images and of masks: any data set's, ECSSD's, DUTS-TEST's, DUT-OMRON's
+    ("img", "gt"),
+    ("images", "ground_truth_mask"),
+    ("DUTS-TE-Image", "DUTS-TE-Mask"),
+    ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
 )
-# fmt: on
 
 
 class Unreadable(UsageError):
@@ -334,9 +332,13 @@ class Sequence(NamedTuple):
     """The frames of a video and their masks; a photo is a sequence of one."""
 
     name: str
-    frames: list  # names, such as 00000
     images: list  # of files, or of uint8 (3, H, W)
     masks: list  # of files, or of (H, W), or None where there is no truth
+
+    def frame(self, t):
+        """Return what frame t is called, such as 00000."""
+        image = self.images[t]
+        return image.stem if isinstance(image, Path) else f"{t:05}"
 
     def read(self, t):
         """Return frame t, uint8 (3, H, W), and its mask (H, W) or None."""
@@ -346,6 +348,8 @@ class Sequence(NamedTuple):
             mask = read_mask(mask) if isinstance(mask, Path) else mask
         except data.UNREADABLE as error:
             raise Unreadable(data.reason(error)) from error
+        if mask is not None and mask.shape != image.shape[1:]:
+            raise Unreadable(f"{self.frame(t)} and its mask differ in size")
         return image, mask
 
 
@@ -377,9 +381,8 @@ def davis_videos(folder):
     videos = []
     for name in names:
         files = image_files(images / name)
-        frames = [file.stem for file in files]
-        masks = [Path(folder, "Annotations", "480p", name, f"{frame}.png") for frame in frames]
-        videos.append(Sequence(name, frames, files, [m if m.exists() else None for m in masks]))
+        masks = [Path(folder, "Annotations", "480p", name, f"{file.stem}.png") for file in files]
+        videos.append(Sequence(name, files, [m if m.exists() else None for m in masks]))
     return videos
 
 
@@ -391,28 +394,22 @@ def saliency_photos(folder):
     if not images:
         known = " or ".join(f"{i}/ and {m}/" for i, m in FOLDERS)
         raise UsageError(f"data={folder}: no folders of images and masks; name them {known}")
-    files, mask_files = image_files(images), image_files(masks)
-    if images == masks:
-        files = [file for file in files if file.suffix.lower() != ".png"]
-        mask_files = [file for file in mask_files if file.suffix.lower() == ".png"]
-    mask_of = {file.stem: file for file in mask_files}
-    return [Sequence(f.stem, [f.stem], [f], [mask_of.get(f.stem)]) for f in files]
+    mask_of = {file.stem: file for file in image_files(masks)}
+    return [Sequence(f.stem, [f], [mask_of.get(f.stem)]) for f in image_files(images)]
 
 
 def open_data(config):
     """Return the sequences that the options ask for; of the built-in shapes, 10 or 100."""
     if config.image:
-        name = Path(config.image).stem
-        return [Sequence(name, [name], [Path(config.image)], [None])]
+        return [Sequence(Path(config.image).stem, [Path(config.image)], [None])]
     if config.data != "shapes":
         return (davis_videos if config.task == "davis" else saliency_photos)(config.data)
     if config.task == "saliency":
         drawn = zip(*shapes.shape_masks("val", config.size, 100, config.seed))
-        return [Sequence(f"shape{i:03}", [i], [x], [mask]) for i, (x, mask) in enumerate(drawn)]
+        return [Sequence(f"shape{i:03}", [x], [mask]) for i, (x, mask) in enumerate(drawn)]
     size = max(64, config.size // 64 * 64)
     videos = [shapes.moving_shapes(i, size, seed=config.seed) for i in range(10)]
-    frames = [f"{t:05}" for t in range(len(videos[0][0]))]
-    return [Sequence(f"shapes{i}", frames, *video) for i, video in enumerate(videos)]
+    return [Sequence(f"shapes{i}", *video) for i, video in enumerate(videos)]
 
 
 # --- pictures, and what both tasks use ------------------------------------------------------------
@@ -570,10 +567,6 @@ def find_object(setting, photo, draw):
     H, W = image.shape[1:]
     if truth is not None:
         truth = truth > (127 if truth.max() > 1 else 0)  # of 0 and 1, or of 0 and 255
-        if truth.shape != (H, W):
-            h, w = truth.shape
-            tqdm.write(f"{photo.name}: mask of {w}x{h} resized to {W}x{H}, the image's size")
-            truth = enlarge(truth, H, W) > 0.5
     sides = photo_sides(H, W, setting.config.size, setting.side)
     found, scores = {}, {}
     for row in setting.models:
@@ -581,7 +574,6 @@ def find_object(setting, photo, draw):
         mask, vector = tokencut(keys, setting.config.tau)
         if not mask.any():
             why = "all patches are alike, or no two are"
-            why = why if mask.numel() > 1 else "the image is a single patch"
             tqdm.write(f"{photo.name}: {row} finds no foreground: {why}")
         maps = {"": enlarge(mask, H, W).cpu()}
         if setting.config.solver:
@@ -620,12 +612,12 @@ def follow(setting, video, draw):
     last frame are not measured, 255 is nobody's. Returns {(row, part, ""): object_measures(...)}.
     """
     first, numbers = first_objects(video)
-    last = len(video.frames) - 1
+    last = len(video.images) - 1
     shown = {round(last * quarter / 4) for quarter in range(5)} if draw else ()
     strips, scores = defaultdict(list), defaultdict(list)
     seen = set()
     for t, (image, truth, found) in enumerate(propagate_masks(setting, video, first, len(numbers))):
-        frame = video.frames[t]
+        frame = video.frame(t)
         for (row, part), ids in found.items():
             write_ids(setting.file("masks", f"{row}_{part}", video.name, f"{frame}.png"), ids)
             if truth is not None and 0 < t < last:
@@ -641,23 +633,19 @@ def follow(setting, video, draw):
     later = ", ".join(map(str, sorted(seen - {0, 255, *numbers.flatten().tolist()})))
     if later:
         tqdm.write(f"{video.name}: object {later} not in the first annotation: not tracked")
-    n = last - 1 - max(map(len, scores.values()), default=0)
-    if n > 0:
-        missing = f"{n} of {last - 1} frames between first and last have no annotation"
-        tqdm.write(f"{video.name}: {missing}: segmented, not scored")
     return {key: object_measures(video.name, torch.stack(jf, -1)) for key, jf in scores.items()}
 
 
 def first_objects(video):
     """Return the first frame's mask (H, W) and the object numbers (n, 1, 1) in it."""
-    if not video.frames:
+    if len(video.images) == 0:
         raise Unreadable("has no frames")
     first = video.read(0)[1]
     if first is None:
-        raise Unreadable(f"frame {video.frames[0]} has no annotation to start from")
+        raise Unreadable(f"frame {video.frame(0)} has no annotation to start from")
     numbers = torch.arange(1, int((first * (first != 255)).max()) + 1)
     if not len(numbers):
-        raise Unreadable(f"the annotation of frame {video.frames[0]} marks no object")
+        raise Unreadable(f"the annotation of frame {video.frame(0)} marks no object")
     return first, numbers[:, None, None]
 
 
@@ -678,10 +666,8 @@ def propagate_masks(setting, video, first, n_objects):
     labels = torch.stack([small == number for number in range(n_objects + 1)])
     options = (config.n_last, config.radius, config.topk, config.temperature)
     propagations = {row_part: Propagation(labels, *options) for row_part in setting.parts}
-    for t in tqdm(range(len(video.frames)), video.name, leave=False, disable=None):
+    for t in tqdm(range(len(video.images)), video.name, leave=False, disable=None):
         image, truth = video.read(t)
-        if truth is not None and truth.shape != image.shape[1:]:
-            raise Unreadable(f"frame {video.frames[t]} and its annotation differ in size")
         z = {row: setting.feature_map(row, image, sides) for row in setting.models}
         found = {}
         for (row, part), propagation in propagations.items():
@@ -704,7 +690,8 @@ def main(argv):
     print(f"{config.task} of {test}, {' and '.join(setting.models)}, {where}", flush=True)
     details, rows = evaluate(setting, open_data(config), test)
     seconds = time.perf_counter() - began
-    print("", *(results.table_lines(rows) if rows else ["no ground truth, so no table"]), sep="\n")
+    if rows:
+        print("", *results.table_lines(rows), sep="\n")
     protocol = asdict(config) | dict(precision=here.precision)
     path = os.path.join(setting.out, "results.json")
     results.append_results(path, config.task, protocol, seconds, details + rows)

@@ -18,16 +18,13 @@ def backbone(path, part="teacher", ratio=None):
     DINO's and SimSiam's z_ef has no columns. .config is the run's, a dict.
     UsageError for a file that cannot be read, and from .split if the ratio is not known.
     """
-    model, config = load_backbone(path, part)
-    known = config.get("ratio", ratio)
-    if ratio not in (None, known):
-        raise UsageError(f"ratio={ratio}: {path} has ratio={known}; remove ratio")
+    model, config = load_backbone(path, part, ratio)
 
     def split(z):
-        if known is None:
+        if "ratio" not in config:
             fix = "give ratio=0.8, or put its run's config.json beside it"
             raise UsageError(f"{path}: the ratio of its split is unknown; {fix}")
-        return z.tensor_split([int(model.dim * known)], dim=-1)
+        return z.tensor_split([int(model.dim * config["ratio"])], dim=-1)
 
     model.split, model.config = split, config
     return model

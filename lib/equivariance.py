@@ -22,6 +22,7 @@ from lib.images import subset
 from lib.rng import fork, sample_seeds
 
 import torch
+import torch.nn.functional as F
 
 from augment import PERTURBATIONS, RECIPES, Recipe, augment, crop_boxes, parameters
 
@@ -178,11 +179,6 @@ def pairs_of_views(z, angle):
     return torch.cat([z, z.roll(-1, 1)], -1), angle - angle.roll(-1, 1)
 
 
-def squared_error(prediction, y):
-    """Return the sum of squared differences."""
-    return (prediction - y).square().sum()
-
-
 def r_squared(train_z, train_y, test_z, test_y):
     """Return the R^2 of ridge regression from z to y, and its bootstrap over images (BOOTSTRAPS,).
 
@@ -194,6 +190,7 @@ def r_squared(train_z, train_y, test_z, test_y):
     std = train_y.std((0, 1)).clamp(min=1e-12)
     target = ((train_y - mean) / std).flatten(0, 1)
     views = train_z.shape[1]
+    squared_error = functools.partial(F.mse_loss, reduction="sum")
     predict = fit_ridge(train_z.flatten(0, 1), target, torch.clone, squared_error, group=views)
     predicted = torch.cat(list(predict(test_z.flatten(0, 1))))
     error = predicted.view(test_y.shape) * std + mean - test_y
@@ -243,23 +240,19 @@ def equivariance_rows(models, train, val, size, here, workers=0, seed=0):
     d_split = min(model.d_ir for model in models)
     for model in models:
         dim = model.backbone.dim
-        given = dict(size=size, here=here, workers=workers, seed=seed, changes=tuple(CHANGES))
-        sets = {"val": val, "train": train} if train is not None else {"val": val}
-        z_of = {
-            name: view_features(
-                model.backbone, thinned(images, dim), progress=f"views of {name}", **given
-            )
-            for name, images in sets.items()
-        }
+        given = (size, here, workers, seed, tuple(CHANGES))
+        val_z = view_features(model.backbone, thinned(val, dim), *given, "views of val")
+        if train is not None:
+            train_z = view_features(model.backbone, thinned(train, dim), *given, "views of train")
         for part, columns in compared_parts(dim, model.d_ir, d_split).items():
-            for name, whole in z_of["val"].items():
+            for name, whole in val_z.items():
                 z = whole[..., columns]
                 found = [("view share", name, *share_and_bootstrap(z))]
                 found.append(("view share, whitened", name, *share_and_bootstrap(whitened(z))))
                 if name == "all":
                     shares[model.row, part] = [measured[2:] for measured in found]
                 if train is not None:
-                    found += parameters_told(name, z_of["train"][name][..., columns], z, size, seed)
+                    found += parameters_told(name, train_z[name][..., columns], z, size, seed)
                 facts = dict(row=model.row, part=part, dims=z.shape[-1], seed=seed, n=len(z))
                 rows += [_row(facts, *measured) for measured in found]
     return rows, shares

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lib import machine, sources
-from lib.config import Config, UsageError, did_you_mean, option
+from lib.config import Config, UsageError, option
 from lib.features import part_slices
 from lib.results import results_folder
 from lib.weights import load_backbone
@@ -16,7 +16,6 @@ import torch.nn as nn
 import vmamba
 from model import build_backbone, check_divisible, ir_dims
 
-# fmt: off
 TRAIN = Config.__dataclass_fields__  # for options that mean the same in an evaluation
 
 
@@ -24,10 +23,11 @@ TRAIN = Config.__dataclass_fields__  # for options that mean the same in an eval
 class EvalConfig:
     """Options that all evaluations share."""
 
+    # fmt: off
     ckpt: str = option("", "checkpoint or weight file, ours or third-party", group="model")
     compare: str = option("", "a second checkpoint of the same architecture, such as DINO's")
     untrained: bool = option(False, "also evaluate the same backbone with random weights")
-    part: str = option("", "full, ir or ef; default: all that the checkpoint has")
+    part: str = option("", "default: all that the checkpoint has", choices=("full", "ir", "ef"))
     ratio: float = option(None, "ir's share, for a weight file without a config", 0.001, 0.999)
     data: str = option("", "as in train.py; default: the checkpoint's", group="data")
     classes: str = option("", "default: the checkpoint's, if any; 'all': every class folder")
@@ -40,7 +40,14 @@ class EvalConfig:
     scan: str = TRAIN["scan"]
     save_correct: bool = option(False, "keep per-image correctness, for error bars", group="output")
     out: str = option("", "folder for results.json; default: the checkpoint's")
-# fmt: on
+    # fmt: on
+
+    def refuse(self, names, where):
+        """Raise UsageError if one of the options `names` is given, which are not for `where`."""
+        for name in names:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                raise UsageError(f"{name}={value}: not for {where}; remove it")
 
 
 class Model(NamedTuple):
@@ -76,13 +83,10 @@ def open_models(config, here):
         raise UsageError("no checkpoint given; use --ckpt=out/demo/ckpt.pt")
     models = []
     for path in filter(None, (config.ckpt, config.compare)):
-        backbone, trained = load_backbone(path)
+        backbone, trained = load_backbone(path, ratio=config.ratio)
         method = trained.get("method", trained["arch"])
         row = path if method in [model.row for model in models] else method
-        known = trained.get("ratio", config.ratio)
-        if config.ratio not in (None, known):
-            raise UsageError(f"ratio={config.ratio}: {path} has ratio={known}; remove --ratio")
-        d_ir = ir_dims(backbone.dim, known or 1.0)
+        d_ir = ir_dims(backbone.dim, trained.get("ratio", 1.0))
         models.append(Model(row, backbone.to(here.device), d_ir, trained))
     facts = [_facts(model.trained) for model in models]
     if facts[0] != facts[-1]:
@@ -114,9 +118,6 @@ def model_of(run):
 
 def chosen_parts(models, part, ckpt):
     """Return [(row, part)] to evaluate: all, or `part`; a model without a split stays whole."""
-    if part not in ("", *part_slices(2, 1)):
-        hint = did_you_mean(part, part_slices(2, 1))
-        raise UsageError(f"part={part}: choose from {', '.join(part_slices(2, 1))}{hint}")
     chosen = []
     for model in models:
         names = part_slices(model.backbone.dim, model.d_ir)
@@ -136,6 +137,14 @@ def data_of(config, trained):
     if not classes and source not in ("shapes", *sources.TORCHVISION):
         classes = trained.get("classes", "")
     return source, "" if config.classes == "all" else classes
+
+
+def announce(what, task, here):
+    """Print what is evaluated, with which images, and where."""
+    if here.is_main:
+        images = f"{len(task.train)} training images, {len(task.test)} test images"
+        where = f"{here.device.type} {here.precision}"
+        print(f"{what}: {images}, {task.n_classes} classes, {where}", flush=True)
 
 
 def batch_size_of(batch_size, n, world):

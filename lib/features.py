@@ -7,7 +7,7 @@ import sys
 from lib import data
 from lib.config import UsageError
 from lib.processor import exact_fp32
-from lib.results import percent, result_row
+from lib.results import result_row
 
 import torch
 import torch.distributed as dist
@@ -119,11 +119,6 @@ def std_and_rank(z):
 
 
 # --- kNN and ridge classifiers --------------------------------------------------------------------
-
-
-def knn_accuracy(*arguments, **options):
-    """Return the top-1 accuracy of knn_correct in %."""
-    return percent(knn_correct(*arguments, **options))
 
 
 @exact_fp32()

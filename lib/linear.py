@@ -5,17 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import data, rng, sources
+from lib import data, features, rng, sources
 from lib.config import UsageError, did_you_mean, option
+from lib.evalstate import CosineSGD
 from lib.evaluation import EvalConfig, chosen_parts
-from lib.features import (
-    check_finite,
-    extract,
-    in_pieces,
-    knn_correct,
-    part_slices,
-    progress_bar,
-)
 from lib.results import result_row
 
 import torch
@@ -37,8 +30,6 @@ class ClassifierConfig(EvalConfig):
     img_size: int = option(0, "side of the crops; 0: the checkpoint's", 8, 4096)
     cut: str = option("last", "blocks whose features are split into ir and ef; last: as the "
                       "published scripts", choices=("last", "every"))
-    blocks: int = option(0, "concatenate CLS of this many last blocks; 0: 4 (ViT), CLS and mean "
-                         "patch of the last (vit_base), pooled z (all others)", 0, 1000)
     protocol: str = option("paper", "linear: as in eval_linear.py", choices=("paper", "fast"),
                            group="classifiers")
     views: int = option(4, "fast: random crops of each image, for cached features", 1, 1000)
@@ -54,14 +45,14 @@ class ClassifierConfig(EvalConfig):
 class Representation(nn.Module):
     """Frozen backbones side by side: x (B, 3, H, W) -> (B, dim), each model's features.
 
-    A ViT gives CLS of its last 4 blocks, vit_base CLS and mean patch of the last (DINO's linear
-    protocol), other backbones z. blocks: CLS of that many last blocks instead.
+    A ViT gives CLS of its last `blocks` blocks, vit_base CLS and mean patch of the last (DINO's
+    linear protocol), other backbones z. With blocks=1 all give z.
     columns[row, part]: indices into dim. cut: 'last' splits ir and ef in the last block only (the
     published scripts; vit_base has only features of that block), 'every' in each block.
     z_columns[row, part]: the same for the backbone's own z.
     """
 
-    def __init__(self, models, cut="last", blocks=0):
+    def __init__(self, models, cut="last", blocks=4):
         super().__init__()
         self.backbones = nn.ModuleList(model.backbone for model in models)
         self.kinds = []  # for each: number of blocks, whether with the mean patch
@@ -69,18 +60,13 @@ class Representation(nn.Module):
         self.z_columns = {}
         self.dim = 0
         for model in models:
-            arch = model.trained["arch"]
-            is_vit = hasattr(model.backbone, "tokens")
-            depth = len(model.backbone.blocks) if is_vit else 1
-            if blocks > depth:
-                fix = f"use at most {depth}" if is_vit else "not a ViT, use --blocks=0"
-                raise UsageError(f"blocks={blocks}: too many for {arch}; {fix}")
-            mean_patch = arch == "vit_base" and not blocks
-            n = 1 if mean_patch else blocks or min(4, depth)
+            depth = len(model.backbone.blocks) if hasattr(model.backbone, "tokens") else 1
+            mean_patch = model.trained["arch"] == "vit_base" and blocks > 1
+            n = 1 if mean_patch else min(blocks, depth)
             rows = torch.arange((n + mean_patch) * model.backbone.dim).view(n + mean_patch, -1)
             rows += self.dim  # a row for each block; vit_base: CLS, mean patch
             uncut = n - 1 if cut == "last" else 0  # blocks that belong to ir completely
-            for part, columns in part_slices(model.backbone.dim, model.d_ir).items():
+            for part, columns in features.part_slices(model.backbone.dim, model.d_ir).items():
                 whole = rows[: 0 if part == "ef" else uncut].flatten()
                 is_part = torch.cat([whole, rows[uncut:, columns].flatten()])
                 self.columns[model.row, part] = is_part
@@ -90,16 +76,16 @@ class Representation(nn.Module):
         self.eval()
 
     def forward(self, x):
-        features = []
+        z = []
         for backbone, (n, mean_patch) in zip(self.backbones, self.kinds):
             if n == 1 and not mean_patch:
-                features.append(backbone(x))
+                z.append(backbone(x))
                 continue
             tokens = backbone.tokens(x, n)  # n of (B, 1+P, D)
-            features += [t[:, 0] for t in tokens]
+            z += [t[:, 0] for t in tokens]
             if mean_patch:
-                features.append(tokens[-1][:, 1:].mean(1))
-        return torch.cat(features, 1)
+                z.append(tokens[-1][:, 1:].mean(1))
+        return torch.cat(z, 1)
 
 
 class Classifiers(nn.Module):
@@ -134,8 +120,9 @@ class Classifiers(nn.Module):
         return [dict(params=[p[i] for p in lists], lr=lr) for i, lr in enumerate(lrs)]
 
 
-def sum_of_losses(logits, labels):
+def sum_of_losses(classifiers, z, labels):
     """Add the cross-entropies of all classifiers, each the mean over the batch."""
+    logits = classifiers(z)
     return sum(F.cross_entropy(l.flatten(0, 1), labels.repeat(len(l))) * len(l) for l in logits)
 
 
@@ -149,7 +136,7 @@ def linear_correct(classifiers, z, labels):
 
 
 class Task(NamedTuple):
-    """What classifiers learn. Transforms are those of extract."""
+    """What classifiers learn. Transforms are those of features.extract."""
 
     name: str
     train: data.Images
@@ -183,15 +170,34 @@ def perturbation_tests(names):
     return lambda seed: [(name, perturbation(name, seed), None) for name in chosen]
 
 
+def class_task(name, config, size):
+    """Open the images of config.data -> the Task to tell the class of clean ones."""
+    where = config.data, config.classes, config.data_root, config.download
+    train, test = data.labeled_splits(*where, size)
+    clean = perturbation_tests("orig")
+    return Task(name, train, test, len(train.classes), flipped, own_label, clean, clean)
+
+
+def training_views(task, images, steps, here, **common):
+    """Yield the task's views of new random crops, and their labels (B,), for a Schedule's steps."""
+    broken = data.BrokenFiles(max(len(images), 100))
+    for crops, seeds, labels, bad in data.crop_loader(
+        images, scale=CROP_SCALE, steps=steps, here=here, **common
+    ):
+        broken.report(bad, tqdm.write)
+        view = task.view(crops.to(here.device, non_blocking=True), seeds)
+        yield view, task.label(seeds, labels).to(here.device)
+
+
 def extract_tests(module, images, tests, progress, **common):
     """Extract the features of a Task's tests in one pass: {test: (z (N, dim), labels (N,))}.
 
     Tests of one name, such as four turns, are joined. common: size, here, workers of extract.
     """
     transforms = [transform for _, transform, _ in tests]
-    features, labels = extract(module, images, transforms, progress=progress, **common)
+    outputs, labels = features.extract(module, images, transforms, progress=progress, **common)
     joined = {}
-    for (name, _, label), z in zip(tests, features):
+    for (name, _, label), z in zip(tests, outputs):
         y = labels if label is None else torch.full_like(labels, label)
         joined.setdefault(name, []).append((z, y))
     return {name: [torch.cat(x) for x in zip(*pairs)] for name, pairs in joined.items()}
@@ -200,7 +206,7 @@ def extract_tests(module, images, tests, progress, **common):
 class LinearProbe:
     """Linear classifiers of frozen features, one for each part and learning rate.
 
-    They train together: SGD with momentum 0.9, no weight decay, a cosine to 0, lr per 256 images.
+    They train together, without weight decay.
     """
 
     def __init__(self, models, task, config, size, here):
@@ -209,57 +215,33 @@ class LinearProbe:
         self.config = config
         self.here = here
         self.parts = chosen_parts(models, config.part, config.ckpt)
-        self.module = Representation(models, config.cut, config.blocks)
+        self.module = Representation(models, config.cut)
         self.columns = [self.module.columns[part].to(here.device) for part in self.parts]
         self.lrs = sorted({config.lr, *config.lrs})
         self.common = dict(size=size, here=here, workers=config.workers)
 
     def fit(self, images, seed, state, rows, begun):
-        """Train on images -> Classifiers. Continues from the state `begun` if it is of this seed.
+        """Train on images -> Classifiers. begun: the state of this seed, or {}.
 
         After each epoch writes the state, with the rows of the seeds before.
         """
         config, here = self.config, self.here
-        per_epoch = len(images) // config.batch_size
         classifiers = Classifiers(self.columns, self.task.n_classes, len(self.lrs), seed)
         classifiers.to(here.device)
-        groups = classifiers.groups([lr * config.batch_size / 256 for lr in self.lrs])
-        optimizer = torch.optim.SGD(groups, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-        learners = dict(classifiers=classifiers, optimizer=optimizer, scheduler=scheduler)
-        start, stop = 0, config.epochs * per_epoch
-        if begun and begun["seed"] == seed:
-            start = begun["epoch"] * per_epoch
-            for name, learner in learners.items():
-                learner.load_state_dict(begun[name])
-        module = nn.parallel.DistributedDataParallel(classifiers) if here.world > 1 else classifiers
-        ranks = here.rank, here.world
-        steps = data.Schedule(len(images), config.batch_size, seed, start, stop, *ranks)
+        groups = classifiers.groups(self.lrs)
+        sgd = CosineSGD(classifiers, groups, len(images), seed, config, here, begun)
         batches = self.cached_batches if config.protocol == "fast" else self.batches
         name = f"{self.task.name}, seed {seed}"
-        bar = progress_bar(batches(images, steps), here, name, total=stop, initial=start)
-        for step, (z, labels) in enumerate(bar, start + 1):
-            optimizer.zero_grad(set_to_none=True)
-            sum_of_losses(module(z), labels).backward()
-            optimizer.step()
-            if step % per_epoch == 0:
-                scheduler.step()
-                now = {name: learner.state_dict() for name, learner in learners.items()}
-                state.write(rows=rows, seed=seed, epoch=step // per_epoch, **now)
+        for _, learnt in sgd.epochs(batches(images, sgd.steps), sum_of_losses, name):
+            state.write(rows=rows, which=seed, **learnt)
         return classifiers
 
     def batches(self, images, steps):
         """Yield z (B, dim) and labels (B,) of new random crops; steps: data.Schedule."""
-        here, common = self.here, self.common
-        broken = data.BrokenFiles(max(len(images), 100))
-        for crops, seeds, labels, bad in data.crop_loader(
-            images, scale=CROP_SCALE, steps=steps, **common
-        ):
-            broken.report(bad, tqdm.write)
-            view = self.task.view(crops.to(here.device, non_blocking=True), seeds)
-            with torch.no_grad(), here.autocast():
-                z = in_pieces(self.module, view).float()
-            yield z, self.task.label(seeds, labels).to(here.device)
+        for view, labels in training_views(self.task, images, steps, **self.common):
+            with torch.no_grad(), self.here.autocast():
+                z = features.in_pieces(self.module, view).float()
+            yield z, labels
 
     def cached_batches(self, images, steps):
         """Yield the same from a few fixed crops of each image, with features cached in fp16."""
@@ -272,8 +254,9 @@ class LinearProbe:
         for v in range(views):
             crops = dict(scale=CROP_SCALE, seed=steps.seed, epoch=v, **self.common)
             name = f"features of view {v + 1} of {views}"
-            [new], labels = extract(self.module, images, [self.task.view], progress=name, **crops)
-            check_finite(new, self.config.ckpt)
+            view = [self.task.view]
+            [new], labels = features.extract(self.module, images, view, progress=name, **crops)
+            features.check_finite(new, self.config.ckpt)
             z[v] = new
             y[v] = self.task.label(rng.sample_seeds(steps.seed, v, torch.arange(n)), labels.cpu())
         for items in steps:
@@ -287,7 +270,7 @@ class LinearProbe:
         config, module = self.config, self.module
         run = functools.partial(extract_tests, module, **self.common)
         [(z, y)] = run(held, self.task.chosen_on(seed), "held-out slice").values()
-        check_finite(z, config.ckpt)
+        features.check_finite(z, config.ckpt)
         best = [int(right.double().mean(1).argmax()) for right in linear_correct(classifiers, z, y)]
         tests = run(self.task.test, self.task.tests(seed), "test images")
         rows = []
@@ -302,7 +285,7 @@ class LinearProbe:
             for part in self.parts if knn else ():
                 own, train_z, train_y = self.neighbors
                 train = train_z[:, own.columns[part]], train_y
-                right = knn_correct(*train, z[:, module.z_columns[part]], y)
+                right = features.knn_correct(*train, z[:, module.z_columns[part]], y)
                 where = *part, train[0].shape[1], right
                 rows.append(result_row(*where, classifier="kNN", lr=None, **facts))
         return rows
@@ -311,8 +294,8 @@ class LinearProbe:
     def neighbors(self):
         """Extract the models' own z of all training images: Representation, z (N, dim), labels."""
         own = Representation(self.models, blocks=1)
-        clean = [perturbation("orig")]
-        [z], labels = extract(own, self.task.train, clean, progress="kNN features", **self.common)
+        given = self.task.train, [perturbation("orig")]
+        [z], labels = features.extract(own, *given, progress="kNN features", **self.common)
         return own, z, labels
 
 
@@ -324,10 +307,11 @@ def linear_probe(models, task, config, size, here, state, knn=False):
     model's own z, among all training images.
     """
     probe = LinearProbe(models, task, config, size, here)
-    rows, begun = state.read(("rows", "epoch", "seed", "classifiers", "optimizer", "scheduler"))
+    rows, unfinished = state.read()
     for seed in range(config.seed, config.seed + config.seeds):
         if not any(row["seed"] == seed for row in rows):
             fit, held = sources.hold_out(task.train.labels, config.held_out, seed)
+            begun = unfinished if unfinished.get("which") == seed else {}
             classifiers = probe.fit(data.subset(task.train, fit), seed, state, rows, begun)
             rows += probe.rows(classifiers, data.subset(task.train, held), seed, knn)
     return rows

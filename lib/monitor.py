@@ -206,8 +206,8 @@ class Monitor:
             std, rank = features.std_and_rank(z[:, columns])
             numbers |= {f"std_{part}": std, f"rank_{part}": rank}
             for name, x in zip(("knn", "knn_rotated"), val_z):
-                top1 = features.knn_accuracy(z[:, columns], y, x[:, columns], val_y)
-                numbers[f"{name}_{part}"] = top1
+                right = features.knn_correct(z[:, columns], y, x[:, columns], val_y)
+                numbers[f"{name}_{part}"] = results.percent(right)
         shown = self.val_set if self.has_labels else self.train_set
         return numbers | equivariance.shares_to_log(model, shown, config, run.here)
 

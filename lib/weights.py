@@ -18,13 +18,14 @@ LINEAR = (".in_proj.weight", ".out_proj.weight", ".fc1.weight", ".fc2.weight")
 COUNTER = "num_batches_tracked"  # of batch norm; PyTorch before 0.4.1 did not save it
 
 
-def load_backbone(path, part="teacher"):
+def load_backbone(path, part="teacher", ratio=None):
     """Load a backbone from a run's ckpt.pt or backbone.pt, or published weights; print its name.
 
     part: 'teacher' or 'student', if the file holds both. Strict: names and shapes are those of one
     of BACKBONES; only classifiers and projection heads are left out.
     Returns the backbone in eval mode and its run's config (of backbone.pt: config.json beside it).
     The config of third-party weights has arch, img_size, patch_size and, if it is small, stem.
+    ratio: ir's share, for a file that does not know it; the config has it then.
     """
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
@@ -38,6 +39,8 @@ def load_backbone(path, part="teacher"):
     config = config if config.get("arch") == arch else dict(arch=arch, **facts)
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they have no split, but older files may say 0.8
+    if ratio is not None and config.setdefault("ratio", ratio) != ratio:
+        raise UsageError(f"ratio={ratio}: {path} has ratio={config['ratio']}; remove it")
     backbone = build_backbone(arch, **facts)
     counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
@@ -97,13 +100,11 @@ def _recognize(state, path, first):
             facts = dict(sizes, stem="small") if is_small and arch in RESNETS else sizes
             expected = build_backbone(arch, **facts).state_dict()
         wanted = {name: tuple(x.shape) for name, x in expected.items()}
-        wrong = {n for n in wanted | shapes if wanted.get(n) != shapes.get(n)}
+        wrong = {n for n, _ in wanted.items() ^ shapes.items()}
         differing[arch] = sorted(n for n in wrong if n in shapes or not n.endswith(COUNTER))
         if not differing[arch]:
             return arch, facts
-    nearest = min(differing, key=lambda arch: len(differing[arch]))
-    wrong = differing[nearest]
-    some = f"{len(wrong)} entries differ, such as {', '.join(wrong[:3])}"
-    raise UsageError(
-        f"{path}: not the weights of a known backbone; nearest is {nearest}, where {some}"
-    )
+    nearest, wrong = min(differing.items(), key=lambda item: len(item[1]))
+    cause = f"not the weights of a known backbone; nearest is {nearest}, where "
+    cause += f"{len(wrong)} entries differ, such as {', '.join(wrong[:3])}"
+    raise UsageError(f"{path}: {cause}")

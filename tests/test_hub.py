@@ -54,5 +54,5 @@ def test_a_runs_backbone_finds_its_ratio_beside_it(tmp_path):
     config = asdict(tiny_config(method="clever", ratio=0.25, img_size=32))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert widths(load(tmp_path / "backbone.pt")) == [32, 96]
-    with pytest.raises(ValueError, match=r"ratio=0\.5: .* has ratio=0\.25; remove ratio"):
+    with pytest.raises(ValueError, match=r"ratio=0\.5: .* has ratio=0\.25; remove it"):
         load(tmp_path / "backbone.pt", ratio=0.5)
