@@ -1,7 +1,8 @@
 """The views: random crops, then the operations of a recipe (paper, appendix).
 
-1. Workers, one image at a time, uint8: `crop_views` cuts and resizes the random crops. Of small
-   images lib/resident.py makes the same crops on the device, a batch at a time.
+1. Workers, one image at a time, uint8: `random_crops` cuts and resizes, global crops then local
+   ones (lib/data.py). Of small images lib/resident.py makes the same crops on the device, a batch
+   at a time.
 2. The device, a batch at a time: `augment` = `parameters` (what happens to each sample) and
    `transform`: flip, rotation and elastic in one sampling; color jitter; gray; blur; solarize.
    A CPU skips the samples that an operation does not change. A GPU computes all and chooses by
@@ -20,9 +21,8 @@ from functools import partial
 from typing import NamedTuple
 
 from lib.compiled import run_compiled
-from lib.packed import copy_packed
 from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize, transform_each
-from lib.rng import fork, sample_seeds, uniforms
+from lib.rng import copy_packed, fork, sample_seeds, uniforms
 
 import torch
 import torch.nn.functional as F
@@ -95,13 +95,6 @@ def quarter_turn(n):
 
 
 # --- stage 1, in the workers: crops -------------------------------------------------------------
-
-
-def crop_views(image, seed, global_size, local_size, local_crops, global_scale, local_scale):
-    """Cut image uint8 (3, H, W), seed () int64, into uint8 (2, 3, G, G) and uint8 (L, 3, l, l)."""
-    large = random_crops(image, fork(seed, "global_crops"), 2, global_size, global_scale)
-    small = random_crops(image, fork(seed, "local_crops"), local_crops, local_size, local_scale)
-    return large, small
 
 
 def random_crops(image, seed, n, size, scale):

@@ -23,7 +23,7 @@ ROOMS = {
     "losses.py": (120, set()),
     "model.py": (310, {"vmamba", LIBRARY}),
     "vmamba.py": (393, {LIBRARY}),
-    "augment.py": (330, {"lib.compiled", "lib.packed", "lib.pixels"}),
+    "augment.py": (330, {"lib.compiled", "lib.pixels"}),
     "train.py": (200, {"losses", "model", "vmamba", "augment", LIBRARY}),
     "eval_linear.py": (200, EVAL),
     "eval_downstream.py": (300, EVAL),
@@ -31,7 +31,7 @@ ROOMS = {
     "hubconf.py": (30, {LIBRARY}),
     "lib/__init__.py": (15, set()),
     "lib/config.py": (241, set()),
-    "lib/rng.py": (60, set()),
+    "lib/rng.py": (75, set()),
     "lib/data.py": (
         380,
         {
@@ -85,9 +85,8 @@ ROOMS = {
         },
     ),
     "lib/results.py": (142, {"lib.machine", "lib.checkpoint"}),
-    # of augment.py: its operations on pixels; one copy and one graph on a GPU
+    # of augment.py: its operations on pixels
     "lib/pixels.py": (80, set()),
-    "lib/packed.py": (20, set()),
     # of data.py: file -> image; data sets, folders, lists; small images on the device
     "lib/images.py": (165, {"lib.processor"}),
     "lib/sources.py": (180, {"lib.images", "lib.machine", "lib.shapes"}),
