@@ -38,28 +38,30 @@ from torch.utils.checkpoint import checkpoint
 
 
 def scan_loop(u, delta, A, B, C, D, delta_bias):
-    """Scan step by step: the specification. Arguments and result are those of selective_scan."""
+    """Scan step by step: the specification.
+
+    u, delta (K, B, L, C), A (K, C, N), B, C (K, B, L, N), D, delta_bias (K, C)
+    -> y (K, B, L, C) in fp32; in fp64 for fp64 inputs.
+    """
     work = torch.promote_types(u.dtype, torch.float32)
-    copies = u.shape[1] // B.shape[1]
-    u32, delta, A, D, bias = (x.to(work) for x in (u, delta, A, D, delta_bias))
-    B, C = (x.to(work).repeat_interleave(copies, dim=1) for x in (B, C))  # (B, K*C, N, L)
-    dt = F.softplus(delta + bias[:, None])  # (B, K*C, L)
-    h = torch.zeros_like(B[..., 0])  # (B, K*C, N)
+    u, delta, A, B, C, D, bias = (x.to(work) for x in (u, delta, A, B, C, D, delta_bias))
+    A = A[:, None]  # (K, 1, C, N)
+    B, C = (x[..., None, :] for x in (B, C))  # (K, B, L, 1, N)
+    dt = F.softplus(delta + bias[:, None, None])
+    h = 0.0  # then (K, B, C, N)
     y = []
-    for dt_l, u_l, B_l, C_l in zip(dt.unbind(2), u32.unbind(2), B.unbind(3), C.unbind(3)):
+    for dt_l, u_l, B_l, C_l in zip(dt.unbind(2), u.unbind(2), B.unbind(2), C.unbind(2)):
         h = (dt_l[..., None] * A).exp() * h + (dt_l * u_l)[..., None] * B_l
         y.append((h * C_l).sum(-1))
-    return (torch.stack(y, -1) + D[:, None] * u32).to(u.dtype)
+    return torch.stack(y, 2) + D[:, None, None] * u
 
 
 # --- the same scan, fast, in PyTorch --------------------------------------------------------------
 
 
 def scan_torch(u, delta, A, B, C, D, delta_bias):
-    """Scan in about 3 sqrt(L) operations, with a hand-written backward.
+    """Scan as scan_loop, in about 3 sqrt(L) operations, with a hand-written backward.
 
-    u, delta (K, B, L, C), A (K, C, N), B, C (K, B, L, N), D, delta_bias (K, C)
-    -> y (K, B, L, C) in fp32; in fp64 for fp64 inputs.
     The L steps are laid out as rows x width, both about sqrt(L). Where L has no such divisor,
     steps that do nothing are added at the end.
     """
@@ -180,13 +182,13 @@ def _gradients(a, c, total):
 
 # --- which scan runs ------------------------------------------------------------------------------
 
-BACKENDS = ("loop", "torch", "triton")
+SCANS = {"loop": scan_loop, "torch": scan_torch, "triton": scan_triton}
 default_backend = None  # None: Triton on a GPU that runs it, else PyTorch
 CPU = torch.device("cpu")
 
 
 def set_backend(name, device=CPU):
-    """Set the default backend: 'auto' or one of BACKENDS. UsageError if it cannot run on device."""
+    """Set the default backend: 'auto' or one of SCANS. UsageError if it cannot run on device."""
     global default_backend
     default_backend = None if name == "auto" else choose_backend(device, name)
 
@@ -197,8 +199,8 @@ def choose_backend(device, backend=None):
     # the default may differ: a network is checked on the CPU before it moves to the GPU
     gives_way = default_backend == "triton" and not available(device)
     backend = backend or (None if gives_way else default_backend) or fastest
-    if backend not in BACKENDS:
-        raise UsageError(f"scan={backend}: choose from {', '.join(BACKENDS)}")
+    if backend not in SCANS:
+        raise UsageError(f"scan={backend}: choose from {', '.join(SCANS)}")
     if backend == "triton" and not available(device):
         raise UsageError("scan=triton: needs Triton and a GPU that it supports; use --scan=torch")
     return backend
@@ -209,24 +211,21 @@ def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
 
     u, delta (B, K*C, L), A (K*C, N), B, C (B, K, N, L), D, delta_bias (K*C,)
     -> y (B, K*C, L) in u's dtype. Computes in fp32; 'loop' and 'torch' in fp64 for fp64 inputs.
-    backend: one of BACKENDS, or None for the default one, see choose_backend.
+    backend: one of SCANS, or None for the default one, see choose_backend.
     """
-    backend = choose_backend(u.device, backend)
-    if backend == "loop":
-        return scan_loop(u, delta, A, B, C, D, delta_bias)
+    scan = SCANS[choose_backend(u.device, backend)]
     K, N = B.shape[1:3]
     u, delta = (x.unflatten(1, (K, -1)).permute(1, 0, 3, 2).contiguous() for x in (u, delta))
     B, C = (x.permute(1, 0, 3, 2) for x in (B, C))
     A = A.view(K, -1, N)
     D, delta_bias = (x.view(K, -1) for x in (D, delta_bias))
-    scan = scan_triton if backend == "triton" else scan_torch
     return scan(u, delta, A, B, C, D, delta_bias).permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
 
 
 def keep_out_of_graphs():
     """Exclude the scans from torch.compile: a graph of hundreds of steps gains nothing."""
-    for name in ("scan_loop", "scan_torch", "scan_triton"):
-        globals()[name] = torch.compiler.disable(globals()[name])
+    for name, scan in SCANS.items():
+        SCANS[name] = torch.compiler.disable(scan)
 
 
 # --- SS2D: the scan of a map in four directions ---------------------------------------------------
@@ -304,6 +303,7 @@ class SS2D(nn.Module):
         D = self.Ds.view(K, C)
         bias = self.dt_projs_bias
         backend = choose_backend(u.device)
+        scan = SCANS[backend]
         numbers = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
         if backend == "triton":  # all stays in map order: the kernels read the map by index
             numbers = numbers.flatten(1, 2).permute(2, 0, 1, 3)
@@ -312,17 +312,10 @@ class SS2D(nn.Module):
         low, write, read = numbers.split([self.R, N, N], -1)  # (K, B, L, R), B and C (K, B, L, N)
         weight = self.dt_projs_weight.mT.to(low.dtype)
         if backend == "triton":
-            y = scan_triton(u.flatten(1, 2), (low, weight), A, write, read, D, bias, (H, W))
+            y = scan(u.flatten(1, 2), (low, weight), A, write, read, D, bias, (H, W))
             return y.view(images, H, W, C).to(u.dtype)
         delta = (low.flatten(1, 2) @ weight).unflatten(1, low.shape[1:3])  # (K, B, L, C)
-        us = cross_scan(u)  # (K, B, L, C)
-        if backend == "torch":
-            y = scan_torch(us, delta, A, write, read, D, bias)
-        else:
-            us, delta, write, read = (x.permute(1, 0, 3, 2) for x in (us, delta, write, read))
-            us, delta = (x.flatten(1, 2) for x in (us, delta))
-            y = scan_loop(us, delta, A.flatten(0, 1), write, read, self.Ds, bias.flatten())
-            y = y.unflatten(1, (K, C)).permute(1, 0, 3, 2)
+        y = scan(cross_scan(u), delta, A, write, read, D, bias)
         return cross_merge(y, H, W).to(u.dtype)
 
 
@@ -334,7 +327,6 @@ VMAMBAS = {  # width of the first stage, blocks of each stage, ssm_ratio
     "vmamba_small": (96, (2, 2, 15, 2), 2.0),
     "vmamba_base": (128, (2, 2, 15, 2), 2.0),
 }
-NO_DECAY = ("A_logs", "Ds", "dt_projs_bias")  # no weight decay on these, whatever their shape
 
 
 class VSSBlock(nn.Module):
@@ -368,12 +360,12 @@ class _Permute(nn.Module):
 
 
 class VMamba(nn.Module):
-    """x (B, 3, H, W), sides multiples of the patch, 4 -> the mean of the last map (B, dim).
+    """x (B, 3, H, W) -> the mean of the last map (B, dim).
 
     State keys are VMamba's, less classifier.head. `drop_path`: the drop rate of the last block.
     """
 
-    no_decay = NO_DECAY
+    no_decay = ("A_logs", "Ds", "dt_projs_bias")  # no weight decay on these, whatever their shape
     scan_backend = staticmethod(choose_backend)
     keep_scans_out_of_graphs = staticmethod(keep_out_of_graphs)
 
@@ -412,9 +404,6 @@ class VMamba(nn.Module):
 
     def feature_map(self, x, drop_path_scale=None):
         """Return the last, normalized map (B, H / 32, W / 32, dim), its sides rounded up."""
-        H, W = x.shape[-2:]
-        if H % self.stride or W % self.stride:
-            raise UsageError(f"image of {H}x{W} pixels: sides must be multiples of {self.stride}")
         depth = len(self.blocks)
         scales = iter([None] * depth if drop_path_scale is None else drop_path_scale.unbind(1))
         x = recomputed(self.patch_embed, x.contiguous(memory_format=torch.channels_last))
