@@ -167,14 +167,13 @@ def augment_views(global_crops, local_crops, seeds, recipe):
     of_local = fork(seeds, "local_view", index=index[:L])  # (L, B)
     kinds = index.clamp(max=LOCAL).expand(-1, B)  # GLOBAL_1, GLOBAL_2, LOCAL, LOCAL, ...
     params = parameters(recipe, torch.cat([of_global, of_local]).flatten(), kinds.flatten())
-    large = global_crops.transpose(0, 1)
-    small = [local_crops.transpose(0, 1).flatten(0, 1)] if L else []
-    if large.device.type in BY_ROWS:
-        first, second, *views = _each(_in_chunks, [*large, *small], params)
-        views = [torch.cat([first, second]), *views]
+    sizes = [global_crops, local_crops] if L else [global_crops]
+    crops = [x.transpose(0, 1).flatten(0, 1) for x in sizes]  # (V * B, 3, S, S)
+    if global_crops.device.type in BY_ROWS:
+        views = _each(_in_chunks, crops, params)
     else:
         compiled = partial(run_compiled, "views", transform)
-        views = _on_gpu([large.flatten(0, 1), *small], params, recipe, compiled)
+        views = _on_gpu(crops, params, recipe, compiled)
     return [view.unflatten(0, (-1, B)) for view in views]
 
 

@@ -390,7 +390,7 @@ class VMamba(nn.Module):
                 down = nn.Sequential(to_first, conv, to_last, nn.LayerNorm(2 * w))
             self.layers.append(nn.Sequential(OrderedDict(blocks=blocks, downsample=down)))
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(self.dim)))
-        self.apply(_init_weights)
+        self.apply(init_linear)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -414,7 +414,8 @@ class VMamba(nn.Module):
         return self.classifier.norm(x)
 
 
-def _init_weights(module):
+def init_linear(module):
+    """Initialize a linear layer as DINO: weights N(0, 0.02), truncated, biases 0. For apply()."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
