@@ -151,58 +151,44 @@ class Schedule:
 
 
 @dataclass
-class _Files:
-    """What workers run. The next image that can be read takes the place of a broken file."""
+class _Samples:
+    """What makes a batch of a list of (epoch, index), for loading processes or resident images."""
 
     images: Images
     seed: int
-    crops: Callable  # (image, sample seed) -> list of uint8 tensors
-
-    def __getitem__(self, item):
-        epoch, index = item
-        seed = sample_seeds(self.seed, epoch, index)
-        broken = []
-        for i in chain(range(index, len(self.images)), range(index)):
-            image = read_or_reason(self.images.read, i)
-            if not isinstance(image, str):
-                return (*self.crops(image, seed), seed, self.images.labels[i], broken)
-            broken.append((self.images.name(i), image))
-        raise UsageError(f"{broken[0][0]}: broken, as is every other image of the data set")
-
-    def __getitems__(self, items):
-        *columns, broken = zip(*map(self.__getitem__, items))
-        return [*map(torch.stack, columns), list(chain(*broken))]
-
-
-@dataclass
-class _Resident:
-    """Images in one tensor: a batch is made at once, on the device."""
-
-    images: Images
-    seed: int
-    crops: Callable  # (images, sample seeds) -> list of uint8 tensors, on the images' device
+    crops: Callable  # crop_views or one_crop of (an image, its seed) or (images, seeds)
     device: torch.device
-    stream: object  # CUDA stream to make them in
+    stream: object = None  # CUDA stream to crop resident images in
 
     def __getitems__(self, items):
         epochs, index = torch.tensor(items).T
         seeds = sample_seeds(self.seed, epochs, index)
+        pixels = self.images.pixels
+        if pixels is None:
+            return self.from_files(index.tolist(), seeds)
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            pixels = self.images.pixels
             rows = pixels[to_device(pixels.device, index)].to(self.device)
             crops = self.crops(rows, seeds)
         return [*crops, seeds, self.images.labels[index], []]
 
-
-def _samples(images, seed, crops, here, stream=None):
-    """Return what makes a batch of a list of (epoch, index). crops: crop_views or one_crop."""
-    if images.pixels is None:
-        return _Files(images, seed, crops)
-    return _Resident(images, seed, crops, here.device, stream)
+    def from_files(self, indices, seeds):
+        """Read and crop image by image. The next good image takes the place of a broken file."""
+        rows, broken = [], []
+        for index, seed in zip(indices, seeds):
+            for i in chain(range(index, len(self.images)), range(index)):
+                image = read_or_reason(self.images.read, i)
+                if not isinstance(image, str):
+                    break
+                broken.append((self.images.name(i), image))
+            else:
+                name = self.images.name(index)
+                raise UsageError(f"{name}: broken, as is every other image of the data set")
+            rows.append((*self.crops(image, seed), seed, self.images.labels[i]))
+        return [*map(torch.stack, zip(*rows)), broken]
 
 
 def _loader(samples, batches, workers, here, collate=tuple):
-    is_resident = isinstance(samples, _Resident)
+    is_resident = samples.images.pixels is not None
     workers = 0 if is_resident else loading_workers(workers)
     return torch.utils.data.DataLoader(
         samples,
@@ -275,21 +261,23 @@ def one_crop(images, seeds, size, scale=None):
     return [cutter.random_crops(images, fork(seeds, "global_crops"), 1, size, scale).squeeze(-4)]
 
 
+def _view_samples(images, config, here):
+    crops = partial(crop_views, config=config)
+    return _Samples(images, config.seed, crops, here.device, view_stream(here.device))
+
+
 def train_loader(images, config, start, stop, here):
     """Yield a Batch for each of the steps start .. stop-1, all epochs, with the same workers."""
-    seed = config.seed
-    steps = Schedule(len(images), config.batch_size, seed, start, stop, here.rank, here.world)
-    crops = partial(crop_views, config=config)
-    samples = _samples(images, seed, crops, here, view_stream(here.device))
-    return _loader(samples, steps, config.workers, here, Batch._make)
+    ranks = here.rank, here.world
+    steps = Schedule(len(images), config.batch_size, config.seed, start, stop, *ranks)
+    return _loader(_view_samples(images, config, here), steps, config.workers, here, Batch._make)
 
 
 def first_batch(images, config, n, here):
     """Return the Batch of the run's first n samples; before it 6 whole images (6, 3, G, G)."""
     [first] = Schedule(len(images), config.batch_size, config.seed, 0, 1)
-    whole = _samples(images, config.seed, partial(one_crop, size=config.img_size), here)
-    crops = partial(crop_views, config=config)
-    views = _samples(images, config.seed, crops, here, view_stream(here.device))
+    whole = _Samples(images, config.seed, partial(one_crop, size=config.img_size), here.device)
+    views = _view_samples(images, config, here)
     return whole.__getitems__(first[: min(n, 6)])[0].cpu(), Batch(*views.__getitems__(first[:n]))
 
 
@@ -311,7 +299,7 @@ def crop_loader(images, size, scale, steps, workers, here):
     A batch: crops uint8 (B, 3, size, size), seeds (B,), labels (B,), broken [(name, reason)].
     """
     crops = partial(one_crop, size=size, scale=scale)
-    return _loader(_samples(images, steps.seed, crops, here), steps, workers, here)
+    return _loader(_Samples(images, steps.seed, crops, here.device), steps, workers, here)
 
 
 def eval_loader(images, size, batch_size, workers, here, seed=0, epoch=0, scale=None):
@@ -322,4 +310,4 @@ def eval_loader(images, size, batch_size, workers, here, seed=0, epoch=0, scale=
     mine = [(epoch, i) for i in range(here.rank, len(images), here.world)]
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
     crops = partial(one_crop, size=size, scale=scale)
-    return _loader(_samples(images, seed, crops, here), batches, workers, here)
+    return _loader(_Samples(images, seed, crops, here.device), batches, workers, here)
