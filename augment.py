@@ -200,11 +200,7 @@ def _on_gpu(parts, params, recipe, run=None):
 
 def _in_chunks(images, params):
     chunk = max(1, CPU_CHUNK // images.shape[2:].numel())
-    out = torch.empty(images.shape)
-    for i in range(0, len(images), chunk):
-        rows = slice(i, i + chunk)
-        out[rows] = transform(images[rows], {name: p[rows] for name, p in params.items()})
-    return out
+    return torch.cat(_each(transform, images.split(chunk), params))
 
 
 def parameters(recipe, seeds, kind=GLOBAL_1):
