@@ -25,6 +25,7 @@ large operations instead of L small ones. `scan_triton` (lib/scan_triton.py) run
 import functools
 import math
 from collections import OrderedDict
+from itertools import repeat
 
 from lib.config import UsageError
 from lib.scan_triton import available, scan_triton
@@ -33,6 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import Permute
 
 # --- the scan, as it is defined -------------------------------------------------------------------
 
@@ -99,7 +101,8 @@ class _TorchScan(torch.autograd.Function):
             a = (dt * A_n[:, :, :, None]).exp_()
             b = x * B32[..., n, None]
             entering.append(_entering_states(a, b, (sum_dt * A_n).exp_()))
-            y.addcmul_(_states(a, b, entering[-1], out=b), C32[..., n, None])
+            _run(entering[-1], a.unbind(3), b.unbind(3), b.unbind(3))  # b becomes h
+            y.addcmul_(b, C32[..., n, None])
         ctx.width = width
         ctx.save_for_backward(u, delta, A, B, C, D, bias, *entering)
         return y.flatten(2, 3)
@@ -125,7 +128,8 @@ class _TorchScan(torch.autograd.Function):
             B_n = B32[..., n, None]
             a = (dt * A_n[:, :, :, None]).exp_()
             b = x * B_n
-            h = _states(a, b, entering[n], out=torch.empty_like(b))
+            h = torch.empty_like(b)
+            _run(entering[n], a.unbind(3), b.unbind(3), h.unbind(3))
             g = _gradients(a, gy * C32[..., n, None], (sum_dt * A_n).exp_())  # dL/dh_l
             grad_C[..., n] = (gy * h).sum(-1)
             grad_B[..., n] = (g * x).sum(-1)
@@ -141,42 +145,31 @@ class _TorchScan(torch.autograd.Function):
         return None, *(g.reshape(x.shape).to(x.dtype) for g, x in zip(grads, ctx.saved_tensors))
 
 
+def _run(h, a, b, out):
+    """Take the steps h -> a_j h + b_j, write each h into out (None: nowhere), return the last."""
+    for a_j, b_j, out_j in zip(a, b, out):
+        h = torch.addcmul(b_j, a_j, h, out=out_j)
+    return h
+
+
 def _entering_states(a, b, total):
     """Return the states that enter the rows (K, B, rows, C). total: product of a over each row."""
-    h = b[..., 0, :]
-    for a_j, b_j in zip(a.unbind(3)[1:], b.unbind(3)[1:]):
-        h = torch.addcmul(b_j, a_j, h)
-    entering = torch.zeros_like(h)
+    a, b = a.unbind(3), b.unbind(3)
+    leaving = _run(b[0], a[1:], b[1:], repeat(None))  # each row from a state of zero
+    entering = torch.zeros_like(leaving)
     rows = entering.unbind(2)
-    for h_r, total_r, row, next_row in zip(h.unbind(2), total.unbind(2), rows, rows[1:]):
-        torch.addcmul(h_r, total_r, row, out=next_row)
+    _run(rows[0], total.unbind(2), leaving.unbind(2), rows[1:])
     return entering
-
-
-def _states(a, b, entering, out):
-    """Write h_j = a_j h_{j-1} + b_j of each row into `out`, which may be b."""
-    h = entering
-    for a_j, b_j, out_j in zip(a.unbind(3), b.unbind(3), out.unbind(3)):
-        h = torch.addcmul(b_j, a_j, h, out=out_j)
-    return out
 
 
 def _gradients(a, c, total):
     """Compute g_j = c_j + a_{j+1} g_{j+1}, from the last step to the first, in place of c."""
-    a = a.unbind(3)
-    by_step = c.unbind(3)
-    steps = range(len(a) - 2, -1, -1)
-    g = by_step[-1]
-    for j in steps:
-        g = torch.addcmul(by_step[j], a[j + 1], g)
-    leaving = a[0] * g  # what a row hands to the row before it
-    entering = torch.zeros_like(g)
-    rows = entering.unbind(2)
-    for r in range(len(rows) - 1, 0, -1):
-        torch.addcmul(leaving[:, :, r], total[:, :, r], rows[r], out=rows[r - 1])
-    g = by_step[-1].add_(entering)
-    for j in steps:
-        g = torch.addcmul(by_step[j], a[j + 1], g, out=by_step[j])
+    a, steps = a.unbind(3)[::-1], c.unbind(3)[::-1]
+    leaving = a[-1] * _run(steps[0], a, steps[1:], repeat(None))  # to the row before
+    entering = torch.zeros_like(leaving)
+    rows = entering.unbind(2)[::-1]
+    _run(rows[0], total.unbind(2)[::-1], leaving.unbind(2)[::-1], rows[1:])
+    _run(steps[0].add_(entering), a, steps[1:], steps[1:])
     return c
 
 
@@ -348,17 +341,6 @@ class VSSBlock(nn.Module):
         return x + scales[1] * recomputed(lambda h: self.mlp.fc2(self.mlp.act(h)), hidden)
 
 
-class _Permute(nn.Module):
-    """(B, C, H, W) -> (B, H, W, C) or back: a view, because the memory is channels-last."""
-
-    def __init__(self, *order):
-        super().__init__()
-        self.order = order
-
-    def forward(self, x):
-        return x.permute(self.order)
-
-
 class VMamba(nn.Module):
     """x (B, 3, H, W) -> the mean of the last map (B, dim).
 
@@ -375,8 +357,8 @@ class VMamba(nn.Module):
         self.stride = 4
         self.dim = widths[-1]
         self.drop_path = drop_path
-        to_last = _Permute(0, 2, 3, 1)
-        to_first = _Permute(0, 3, 1, 2)
+        to_last = Permute([0, 2, 3, 1])  # (B, C, H, W) -> (B, H, W, C): a view, as the memory is so
+        to_first = Permute([0, 3, 1, 2])
         half = width // 2
         stem = (nn.Conv2d(3, half, 3, 2, 1), to_last, nn.LayerNorm(half), to_first, nn.GELU())
         embed = (nn.Conv2d(half, width, 3, 2, 1), to_last, nn.LayerNorm(width))
