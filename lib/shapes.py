@@ -152,16 +152,14 @@ def paint_shapes(facts, labels, size):
         rows = labels == label
         distance[rows] = signed_distance((own_x[rows], own_y[rows]))
     cover = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]
-    return _stripes(facts["back"], facts["wave"], x, y), facts["front"], cover
 
-
-def _stripes(colors, wave, x, y):
-    """Mix two colors (n, 2, 3, 1, 1) by a plane wave (n, 3, 1, 1): direction, speed, phase."""
-    direction, speed, phase = wave.unbind(1)
+    # the background: two colors, mixed by a plane wave
+    direction, speed, phase = facts["wave"].unbind(1)
     along = (2 * math.pi * direction).cos() * x + (2 * math.pi * direction).sin() * y
     wave = torch.sin(speed * along + 2 * math.pi * phase)
     mix = (0.5 + 0.5 * wave)[:, None]  # (n, 1, size, size)
-    return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
+    back = facts["back"][:, 0] * mix + facts["back"][:, 1] * (1 - mix)
+    return back, facts["front"], cover
 
 
 def _with_grain(image, seeds):
