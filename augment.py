@@ -169,11 +169,7 @@ def augment_views(global_crops, local_crops, seeds, recipe):
     params = parameters(recipe, torch.cat([of_global, of_local]).flatten(), kinds.flatten())
     sizes = [global_crops, local_crops] if L else [global_crops]
     crops = [x.transpose(0, 1).flatten(0, 1) for x in sizes]  # (V * B, 3, S, S)
-    if global_crops.device.type in BY_ROWS:
-        views = _each(_in_chunks, crops, params)
-    else:
-        compiled = partial(run_compiled, "views", transform)
-        views = _on_gpu(crops, params, recipe, compiled)
+    views = _on_device(crops, params, recipe, partial(run_compiled, "views", transform))
     return [view.unflatten(0, (-1, B)) for view in views]
 
 
@@ -182,9 +178,7 @@ def augment(images, recipe, seeds, kind=GLOBAL_1):
     if recipe.crop_transform:
         images = transform_each(recipe.crop_transform, images, fork(seeds, "crop_transform"))
     params = parameters(recipe, seeds, kind)
-    if images.device.type in BY_ROWS:
-        return _in_chunks(images, params)
-    return _on_gpu([images], params, recipe)[0]  # not compiled: evaluations have many recipes
+    return _on_device([images], params, recipe, transform)[0]  # eager: tests have many recipes
 
 
 def _each(run, parts, params):
@@ -193,9 +187,12 @@ def _each(run, parts, params):
     return [run(x, {name: p[i] for name, p in rows.items()}) for i, x in enumerate(parts)]
 
 
-def _on_gpu(parts, params, recipe, run=None):
+def _on_device(parts, params, recipe, run):
+    """Transform parts, images (n, 3, S, S): by rows, or by masks with `run`, maybe compiled."""
+    if parts[0].device.type in BY_ROWS:
+        return _each(_in_chunks, parts, params)
     params = copy_packed(parts[0].device, _in_use(params, recipe))
-    return _each(partial(run or transform, masked=True), parts, params)
+    return _each(partial(run, masked=True), parts, params)
 
 
 def _in_chunks(images, params):

@@ -215,12 +215,6 @@ def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
     return scan(u, delta, A, B, C, D, delta_bias).permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
 
 
-def keep_out_of_graphs():
-    """Exclude the scans from torch.compile: a graph of hundreds of steps gains nothing."""
-    for name, scan in SCANS.items():
-        SCANS[name] = torch.compiler.disable(scan)
-
-
 # --- SS2D: the scan of a map in four directions ---------------------------------------------------
 
 RECOMPUTES = {"cuda"}  # devices where backward computes cheap parts again: half the memory
@@ -349,7 +343,6 @@ class VMamba(nn.Module):
 
     no_decay = ("A_logs", "Ds", "dt_projs_bias")  # no weight decay on these, whatever their shape
     scan_backend = staticmethod(choose_backend)
-    keep_scans_out_of_graphs = staticmethod(keep_out_of_graphs)
 
     def __init__(self, width, depths, ratio, drop_path=0.0):
         super().__init__()
@@ -374,6 +367,12 @@ class VMamba(nn.Module):
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(self.dim)))
         self.apply(init_linear)
         self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def keep_scans_out_of_graphs():
+        """Exclude the scans from torch.compile: a graph of hundreds of steps gains nothing."""
+        for name, scan in SCANS.items():
+            SCANS[name] = torch.compiler.disable(scan)
 
     @property
     def blocks(self):

@@ -434,7 +434,7 @@ def test_a_compiled_block_is_the_eager_one(scans_put_back):
 
     Here without a code generator, which needs a C++ compiler.
     """
-    vmamba.keep_out_of_graphs()
+    vmamba.VMamba.keep_scans_out_of_graphs()
     torch.manual_seed(0)
     block = vmamba.VSSBlock(32, 1.0)
     x = torch.randn(2, 4, 4, 32)
