@@ -1,7 +1,8 @@
 """The views: random crops, then the operations of a recipe (paper, appendix).
 
-1. Workers, one image at a time, uint8: `crop_views` cuts and resizes the random crops. Of small
-   images lib/resident.py makes the same crops on the device, a batch at a time.
+1. Workers, one image at a time, uint8: `random_crops` cuts and resizes, global crops then local
+   ones (lib/data.py). Of small images lib/resident.py makes the same crops on the device, a batch
+   at a time.
 2. The device, a batch at a time: `augment` = `parameters` (what happens to each sample) and
    `transform`: flip, rotation and elastic in one sampling; color jitter; gray; blur; solarize.
    A CPU skips the samples that an operation does not change. A GPU computes all and chooses by
@@ -20,9 +21,8 @@ from functools import partial
 from typing import NamedTuple
 
 from lib.compiled import run_compiled
-from lib.packed import copy_packed
 from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize, transform_each
-from lib.rng import fork, sample_seeds, uniforms
+from lib.rng import copy_packed, fork, sample_seeds, uniforms
 
 import torch
 import torch.nn.functional as F
@@ -97,13 +97,6 @@ def quarter_turn(n):
 # --- stage 1, in the workers: crops -------------------------------------------------------------
 
 
-def crop_views(image, seed, global_size, local_size, local_crops, global_scale, local_scale):
-    """Cut image uint8 (3, H, W), seed () int64, into uint8 (2, 3, G, G) and uint8 (L, 3, l, l)."""
-    large = random_crops(image, fork(seed, "global_crops"), 2, global_size, global_scale)
-    small = random_crops(image, fork(seed, "local_crops"), local_crops, local_size, local_scale)
-    return large, small
-
-
 def random_crops(image, seed, n, size, scale):
     """Cut n random resized crops: image uint8 (3, H, W) -> uint8 (n, 3, size, size)."""
     crops = torch.empty(n, 3, size, size, dtype=torch.uint8)
@@ -174,14 +167,9 @@ def augment_views(global_crops, local_crops, seeds, recipe):
     of_local = fork(seeds, "local_view", index=index[:L])  # (L, B)
     kinds = index.clamp(max=LOCAL).expand(-1, B)  # GLOBAL_1, GLOBAL_2, LOCAL, LOCAL, ...
     params = parameters(recipe, torch.cat([of_global, of_local]).flatten(), kinds.flatten())
-    large = global_crops.transpose(0, 1)
-    small = [local_crops.transpose(0, 1).flatten(0, 1)] if L else []
-    if large.device.type in BY_ROWS:
-        first, second, *views = _each(_in_chunks, [*large, *small], params)
-        views = [torch.cat([first, second]), *views]
-    else:
-        compiled = partial(run_compiled, "views", transform)
-        views = _on_gpu([large.flatten(0, 1), *small], params, recipe, compiled)
+    sizes = [global_crops, local_crops] if L else [global_crops]
+    crops = [x.transpose(0, 1).flatten(0, 1) for x in sizes]  # (V * B, 3, S, S)
+    views = _on_device(crops, params, recipe, partial(run_compiled, "views", transform))
     return [view.unflatten(0, (-1, B)) for view in views]
 
 
@@ -190,9 +178,7 @@ def augment(images, recipe, seeds, kind=GLOBAL_1):
     if recipe.crop_transform:
         images = transform_each(recipe.crop_transform, images, fork(seeds, "crop_transform"))
     params = parameters(recipe, seeds, kind)
-    if images.device.type in BY_ROWS:
-        return _in_chunks(images, params)
-    return _on_gpu([images], params, recipe)[0]  # not compiled: evaluations have many recipes
+    return _on_device([images], params, recipe, transform)[0]  # eager: tests have many recipes
 
 
 def _each(run, parts, params):
@@ -201,18 +187,17 @@ def _each(run, parts, params):
     return [run(x, {name: p[i] for name, p in rows.items()}) for i, x in enumerate(parts)]
 
 
-def _on_gpu(parts, params, recipe, run=None):
+def _on_device(parts, params, recipe, run):
+    """Transform parts, images (n, 3, S, S): by rows, or by masks with `run`, maybe compiled."""
+    if parts[0].device.type in BY_ROWS:
+        return _each(_in_chunks, parts, params)
     params = copy_packed(parts[0].device, _in_use(params, recipe))
-    return _each(partial(run or transform, masked=True), parts, params)
+    return _each(partial(run, masked=True), parts, params)
 
 
 def _in_chunks(images, params):
     chunk = max(1, CPU_CHUNK // images.shape[2:].numel())
-    out = torch.empty(images.shape)
-    for i in range(0, len(images), chunk):
-        rows = slice(i, i + chunk)
-        out[rows] = transform(images[rows], {name: p[rows] for name, p in params.items()})
-    return out
+    return torch.cat(_each(transform, images.split(chunk), params))
 
 
 def parameters(recipe, seeds, kind=GLOBAL_1):

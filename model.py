@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from vmamba import VMAMBAS, VMamba
+from vmamba import VMAMBAS, VMamba, init_linear
 
 
 def ir_dims(dim, ratio):
@@ -95,7 +95,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def embed(self, x):
         """Map x (B, 3, H, W) to tokens (B, 1+P, dim), CLS first, with positions."""
@@ -148,12 +148,6 @@ class ViT(nn.Module):
     def last_keys(self, x):
         """Return the last block's keys, heads concatenated: (B, 1+P, dim)."""
         return self._last_queries_keys(x)[1].transpose(1, 2).flatten(2)
-
-
-def _init_linear(module):
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 # name -> dim, depth, heads
@@ -260,7 +254,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         layers = [nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
-        self.apply(_init_linear)
+        self.apply(init_linear)
         self.last_layer = WeightNormLinear(bottleneck, out_dim)
 
     def embed(self, z):
@@ -283,7 +277,7 @@ Output = namedtuple("Output", "z_ir z_ef ir ef")
 class Network(nn.Module):
     """Backbone f and the heads h_ir and h_ef (None without a split: d_ir == backbone.dim)."""
 
-    def __init__(self, backbone, d_ir, head_ir, head_ef):
+    def __init__(self, backbone, d_ir, head_ir, head_ef=None):
         super().__init__()
         self.backbone = backbone
         self.d_ir = d_ir
@@ -315,17 +309,17 @@ def build_network(config, head="prototypes"):
     if config.stem == "auto":
         is_small = config.arch in RESNETS and config.img_size <= SMALL
         config.stem = "small" if is_small else "imagenet"  # resolved, for config.json
-    names = ("arch", "img_size", "patch_size", "drop_path", "stem")
-    backbone = build_backbone(*(getattr(config, name) for name in names))
+    sizes = config.img_size, config.patch_size
+    backbone = build_backbone(config.arch, *sizes, config.drop_path, config.stem)
     check_divisible(backbone, config.arch, img_size=config.img_size)
     if config.local_crops:
         check_divisible(backbone, config.arch, local_size=config.local_size)
     d_ir = ir_dims(backbone.dim, config.ratio)
-    heads = []
-    for in_dim, prototypes in ((d_ir, config.out_dim), (backbone.dim - d_ir, config.out_dim_ef)):
-        width = config.head_hidden, config.head_bottleneck
-        if head == "siamese":
-            heads.append(SiameseHead(in_dim, *width) if in_dim else None)
-        else:
-            heads.append(ProjectionHead(in_dim, prototypes, *width) if in_dim else None)
+    width = config.head_hidden, config.head_bottleneck
+    dims = (d_ir, backbone.dim - d_ir) if d_ir < backbone.dim else (d_ir,)
+    if head == "siamese":
+        heads = [SiameseHead(dim, *width) for dim in dims]
+    else:
+        prototypes = (config.out_dim, config.out_dim_ef)
+        heads = [ProjectionHead(dim, K, *width) for dim, K in zip(dims, prototypes)]
     return Network(backbone, d_ir, *heads)

@@ -25,6 +25,7 @@ large operations instead of L small ones. `scan_triton` (lib/scan_triton.py) run
 import functools
 import math
 from collections import OrderedDict
+from itertools import repeat
 
 from lib.config import UsageError
 from lib.scan_triton import available, scan_triton
@@ -33,33 +34,36 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import Permute
 
 # --- the scan, as it is defined -------------------------------------------------------------------
 
 
 def scan_loop(u, delta, A, B, C, D, delta_bias):
-    """Scan step by step: the specification. Arguments and result are those of selective_scan."""
+    """Scan step by step: the specification.
+
+    u, delta (K, B, L, C), A (K, C, N), B, C (K, B, L, N), D, delta_bias (K, C)
+    -> y (K, B, L, C) in fp32; in fp64 for fp64 inputs.
+    """
     work = torch.promote_types(u.dtype, torch.float32)
-    copies = u.shape[1] // B.shape[1]
-    u32, delta, A, D, bias = (x.to(work) for x in (u, delta, A, D, delta_bias))
-    B, C = (x.to(work).repeat_interleave(copies, dim=1) for x in (B, C))  # (B, K*C, N, L)
-    dt = F.softplus(delta + bias[:, None])  # (B, K*C, L)
-    h = torch.zeros_like(B[..., 0])  # (B, K*C, N)
+    u, delta, A, B, C, D, bias = (x.to(work) for x in (u, delta, A, B, C, D, delta_bias))
+    A = A[:, None]  # (K, 1, C, N)
+    B, C = (x[..., None, :] for x in (B, C))  # (K, B, L, 1, N)
+    dt = F.softplus(delta + bias[:, None, None])
+    h = 0.0  # then (K, B, C, N)
     y = []
-    for dt_l, u_l, B_l, C_l in zip(dt.unbind(2), u32.unbind(2), B.unbind(3), C.unbind(3)):
+    for dt_l, u_l, B_l, C_l in zip(dt.unbind(2), u.unbind(2), B.unbind(2), C.unbind(2)):
         h = (dt_l[..., None] * A).exp() * h + (dt_l * u_l)[..., None] * B_l
         y.append((h * C_l).sum(-1))
-    return (torch.stack(y, -1) + D[:, None] * u32).to(u.dtype)
+    return torch.stack(y, 2) + D[:, None, None] * u
 
 
 # --- the same scan, fast, in PyTorch --------------------------------------------------------------
 
 
 def scan_torch(u, delta, A, B, C, D, delta_bias):
-    """Scan in about 3 sqrt(L) operations, with a hand-written backward.
+    """Scan as scan_loop, in about 3 sqrt(L) operations, with a hand-written backward.
 
-    u, delta (K, B, L, C), A (K, C, N), B, C (K, B, L, N), D, delta_bias (K, C)
-    -> y (K, B, L, C) in fp32; in fp64 for fp64 inputs.
     The L steps are laid out as rows x width, both about sqrt(L). Where L has no such divisor,
     steps that do nothing are added at the end.
     """
@@ -97,7 +101,8 @@ class _TorchScan(torch.autograd.Function):
             a = (dt * A_n[:, :, :, None]).exp_()
             b = x * B32[..., n, None]
             entering.append(_entering_states(a, b, (sum_dt * A_n).exp_()))
-            y.addcmul_(_states(a, b, entering[-1], out=b), C32[..., n, None])
+            _run(entering[-1], a.unbind(3), b.unbind(3), b.unbind(3))  # b becomes h
+            y.addcmul_(b, C32[..., n, None])
         ctx.width = width
         ctx.save_for_backward(u, delta, A, B, C, D, bias, *entering)
         return y.flatten(2, 3)
@@ -123,7 +128,8 @@ class _TorchScan(torch.autograd.Function):
             B_n = B32[..., n, None]
             a = (dt * A_n[:, :, :, None]).exp_()
             b = x * B_n
-            h = _states(a, b, entering[n], out=torch.empty_like(b))
+            h = torch.empty_like(b)
+            _run(entering[n], a.unbind(3), b.unbind(3), h.unbind(3))
             g = _gradients(a, gy * C32[..., n, None], (sum_dt * A_n).exp_())  # dL/dh_l
             grad_C[..., n] = (gy * h).sum(-1)
             grad_B[..., n] = (g * x).sum(-1)
@@ -139,54 +145,43 @@ class _TorchScan(torch.autograd.Function):
         return None, *(g.reshape(x.shape).to(x.dtype) for g, x in zip(grads, ctx.saved_tensors))
 
 
+def _run(h, a, b, out):
+    """Take the steps h -> a_j h + b_j, write each h into out (None: nowhere), return the last."""
+    for a_j, b_j, out_j in zip(a, b, out):
+        h = torch.addcmul(b_j, a_j, h, out=out_j)
+    return h
+
+
 def _entering_states(a, b, total):
     """Return the states that enter the rows (K, B, rows, C). total: product of a over each row."""
-    h = b[..., 0, :]
-    for a_j, b_j in zip(a.unbind(3)[1:], b.unbind(3)[1:]):
-        h = torch.addcmul(b_j, a_j, h)
-    entering = torch.zeros_like(h)
+    a, b = a.unbind(3), b.unbind(3)
+    leaving = _run(b[0], a[1:], b[1:], repeat(None))  # each row from a state of zero
+    entering = torch.zeros_like(leaving)
     rows = entering.unbind(2)
-    for h_r, total_r, row, next_row in zip(h.unbind(2), total.unbind(2), rows, rows[1:]):
-        torch.addcmul(h_r, total_r, row, out=next_row)
+    _run(rows[0], total.unbind(2), leaving.unbind(2), rows[1:])
     return entering
-
-
-def _states(a, b, entering, out):
-    """Write h_j = a_j h_{j-1} + b_j of each row into `out`, which may be b."""
-    h = entering
-    for a_j, b_j, out_j in zip(a.unbind(3), b.unbind(3), out.unbind(3)):
-        h = torch.addcmul(b_j, a_j, h, out=out_j)
-    return out
 
 
 def _gradients(a, c, total):
     """Compute g_j = c_j + a_{j+1} g_{j+1}, from the last step to the first, in place of c."""
-    a = a.unbind(3)
-    by_step = c.unbind(3)
-    steps = range(len(a) - 2, -1, -1)
-    g = by_step[-1]
-    for j in steps:
-        g = torch.addcmul(by_step[j], a[j + 1], g)
-    leaving = a[0] * g  # what a row hands to the row before it
-    entering = torch.zeros_like(g)
-    rows = entering.unbind(2)
-    for r in range(len(rows) - 1, 0, -1):
-        torch.addcmul(leaving[:, :, r], total[:, :, r], rows[r], out=rows[r - 1])
-    g = by_step[-1].add_(entering)
-    for j in steps:
-        g = torch.addcmul(by_step[j], a[j + 1], g, out=by_step[j])
+    a, steps = a.unbind(3)[::-1], c.unbind(3)[::-1]
+    leaving = a[-1] * _run(steps[0], a, steps[1:], repeat(None))  # to the row before
+    entering = torch.zeros_like(leaving)
+    rows = entering.unbind(2)[::-1]
+    _run(rows[0], total.unbind(2)[::-1], leaving.unbind(2)[::-1], rows[1:])
+    _run(steps[0].add_(entering), a, steps[1:], steps[1:])
     return c
 
 
 # --- which scan runs ------------------------------------------------------------------------------
 
-BACKENDS = ("loop", "torch", "triton")
+SCANS = {"loop": scan_loop, "torch": scan_torch, "triton": scan_triton}
 default_backend = None  # None: Triton on a GPU that runs it, else PyTorch
 CPU = torch.device("cpu")
 
 
 def set_backend(name, device=CPU):
-    """Set the default backend: 'auto' or one of BACKENDS. UsageError if it cannot run on device."""
+    """Set the default backend: 'auto' or one of SCANS. UsageError if it cannot run on device."""
     global default_backend
     default_backend = None if name == "auto" else choose_backend(device, name)
 
@@ -197,8 +192,8 @@ def choose_backend(device, backend=None):
     # the default may differ: a network is checked on the CPU before it moves to the GPU
     gives_way = default_backend == "triton" and not available(device)
     backend = backend or (None if gives_way else default_backend) or fastest
-    if backend not in BACKENDS:
-        raise UsageError(f"scan={backend}: choose from {', '.join(BACKENDS)}")
+    if backend not in SCANS:
+        raise UsageError(f"scan={backend}: choose from {', '.join(SCANS)}")
     if backend == "triton" and not available(device):
         raise UsageError("scan=triton: needs Triton and a GPU that it supports; use --scan=torch")
     return backend
@@ -209,24 +204,15 @@ def selective_scan(u, delta, A, B, C, D, delta_bias, backend=None):
 
     u, delta (B, K*C, L), A (K*C, N), B, C (B, K, N, L), D, delta_bias (K*C,)
     -> y (B, K*C, L) in u's dtype. Computes in fp32; 'loop' and 'torch' in fp64 for fp64 inputs.
-    backend: one of BACKENDS, or None for the default one, see choose_backend.
+    backend: one of SCANS, or None for the default one, see choose_backend.
     """
-    backend = choose_backend(u.device, backend)
-    if backend == "loop":
-        return scan_loop(u, delta, A, B, C, D, delta_bias)
+    scan = SCANS[choose_backend(u.device, backend)]
     K, N = B.shape[1:3]
     u, delta = (x.unflatten(1, (K, -1)).permute(1, 0, 3, 2).contiguous() for x in (u, delta))
     B, C = (x.permute(1, 0, 3, 2) for x in (B, C))
     A = A.view(K, -1, N)
     D, delta_bias = (x.view(K, -1) for x in (D, delta_bias))
-    scan = scan_triton if backend == "triton" else scan_torch
     return scan(u, delta, A, B, C, D, delta_bias).permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
-
-
-def keep_out_of_graphs():
-    """Exclude the scans from torch.compile: a graph of hundreds of steps gains nothing."""
-    for name in ("scan_loop", "scan_torch", "scan_triton"):
-        globals()[name] = torch.compiler.disable(globals()[name])
 
 
 # --- SS2D: the scan of a map in four directions ---------------------------------------------------
@@ -304,6 +290,7 @@ class SS2D(nn.Module):
         D = self.Ds.view(K, C)
         bias = self.dt_projs_bias
         backend = choose_backend(u.device)
+        scan = SCANS[backend]
         numbers = F.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (K, -1))
         if backend == "triton":  # all stays in map order: the kernels read the map by index
             numbers = numbers.flatten(1, 2).permute(2, 0, 1, 3)
@@ -312,17 +299,10 @@ class SS2D(nn.Module):
         low, write, read = numbers.split([self.R, N, N], -1)  # (K, B, L, R), B and C (K, B, L, N)
         weight = self.dt_projs_weight.mT.to(low.dtype)
         if backend == "triton":
-            y = scan_triton(u.flatten(1, 2), (low, weight), A, write, read, D, bias, (H, W))
+            y = scan(u.flatten(1, 2), (low, weight), A, write, read, D, bias, (H, W))
             return y.view(images, H, W, C).to(u.dtype)
         delta = (low.flatten(1, 2) @ weight).unflatten(1, low.shape[1:3])  # (K, B, L, C)
-        us = cross_scan(u)  # (K, B, L, C)
-        if backend == "torch":
-            y = scan_torch(us, delta, A, write, read, D, bias)
-        else:
-            us, delta, write, read = (x.permute(1, 0, 3, 2) for x in (us, delta, write, read))
-            us, delta = (x.flatten(1, 2) for x in (us, delta))
-            y = scan_loop(us, delta, A.flatten(0, 1), write, read, self.Ds, bias.flatten())
-            y = y.unflatten(1, (K, C)).permute(1, 0, 3, 2)
+        y = scan(cross_scan(u), delta, A, write, read, D, bias)
         return cross_merge(y, H, W).to(u.dtype)
 
 
@@ -334,7 +314,6 @@ VMAMBAS = {  # width of the first stage, blocks of each stage, ssm_ratio
     "vmamba_small": (96, (2, 2, 15, 2), 2.0),
     "vmamba_base": (128, (2, 2, 15, 2), 2.0),
 }
-NO_DECAY = ("A_logs", "Ds", "dt_projs_bias")  # no weight decay on these, whatever their shape
 
 
 class VSSBlock(nn.Module):
@@ -356,26 +335,14 @@ class VSSBlock(nn.Module):
         return x + scales[1] * recomputed(lambda h: self.mlp.fc2(self.mlp.act(h)), hidden)
 
 
-class _Permute(nn.Module):
-    """(B, C, H, W) -> (B, H, W, C) or back: a view, because the memory is channels-last."""
-
-    def __init__(self, *order):
-        super().__init__()
-        self.order = order
-
-    def forward(self, x):
-        return x.permute(self.order)
-
-
 class VMamba(nn.Module):
-    """x (B, 3, H, W), sides multiples of the patch, 4 -> the mean of the last map (B, dim).
+    """x (B, 3, H, W) -> the mean of the last map (B, dim).
 
     State keys are VMamba's, less classifier.head. `drop_path`: the drop rate of the last block.
     """
 
-    no_decay = NO_DECAY
+    no_decay = ("A_logs", "Ds", "dt_projs_bias")  # no weight decay on these, whatever their shape
     scan_backend = staticmethod(choose_backend)
-    keep_scans_out_of_graphs = staticmethod(keep_out_of_graphs)
 
     def __init__(self, width, depths, ratio, drop_path=0.0):
         super().__init__()
@@ -383,8 +350,8 @@ class VMamba(nn.Module):
         self.stride = 4
         self.dim = widths[-1]
         self.drop_path = drop_path
-        to_last = _Permute(0, 2, 3, 1)
-        to_first = _Permute(0, 3, 1, 2)
+        to_last = Permute([0, 2, 3, 1])  # (B, C, H, W) -> (B, H, W, C): a view, as the memory is so
+        to_first = Permute([0, 3, 1, 2])
         half = width // 2
         stem = (nn.Conv2d(3, half, 3, 2, 1), to_last, nn.LayerNorm(half), to_first, nn.GELU())
         embed = (nn.Conv2d(half, width, 3, 2, 1), to_last, nn.LayerNorm(width))
@@ -398,8 +365,14 @@ class VMamba(nn.Module):
                 down = nn.Sequential(to_first, conv, to_last, nn.LayerNorm(2 * w))
             self.layers.append(nn.Sequential(OrderedDict(blocks=blocks, downsample=down)))
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(self.dim)))
-        self.apply(_init_weights)
+        self.apply(init_linear)
         self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def keep_scans_out_of_graphs():
+        """Exclude the scans from torch.compile: a graph of hundreds of steps gains nothing."""
+        for name, scan in SCANS.items():
+            SCANS[name] = torch.compiler.disable(scan)
 
     @property
     def blocks(self):
@@ -412,9 +385,6 @@ class VMamba(nn.Module):
 
     def feature_map(self, x, drop_path_scale=None):
         """Return the last, normalized map (B, H / 32, W / 32, dim), its sides rounded up."""
-        H, W = x.shape[-2:]
-        if H % self.stride or W % self.stride:
-            raise UsageError(f"image of {H}x{W} pixels: sides must be multiples of {self.stride}")
         depth = len(self.blocks)
         scales = iter([None] * depth if drop_path_scale is None else drop_path_scale.unbind(1))
         x = recomputed(self.patch_embed, x.contiguous(memory_format=torch.channels_last))
@@ -425,7 +395,8 @@ class VMamba(nn.Module):
         return self.classifier.norm(x)
 
 
-def _init_weights(module):
+def init_linear(module):
+    """Initialize a linear layer as DINO: weights N(0, 0.02), truncated, biases 0. For apply()."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

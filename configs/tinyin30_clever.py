@@ -7,22 +7,13 @@ The folder has train/CLASS/* and val/CLASS/*. For DINO: --method=dino --out_dir=
 The preset with the smallest crops: here many cheap images are worth more than large ones.
 docs/results.md tells what was tuned, on DINO alone.
 Hardware: one CPU core in fp32, three to four minutes an epoch. Accuracy: docs/results.md.
-Options without a comment here have theirs in tinyin40_clever.py.
 """
 
-data = "data/tinyin40"
+from configs.tinyin40_clever import *
+
 classes = "configs/tinyin40_seen.txt"  # the other ten, tinyin40_unseen.txt, are for fine-tuning
-arch, patch_size = "vit_micro", 8
 img_size, local_size = 32, 16  # 17 and 5 tokens: twice the images per second of 48 and 24
-local_crops = 4
-out_dim, head_hidden = 1024, 512
-drop_path = 0.0
-orth = "dot"  # of the recorded runs; cosine has become the default since
-blur = solarize = False
-epochs, warmup_epochs = 20, 1
-batch_size, lr = 64, 2e-3  # after three epochs slightly better than 1e-3
+epochs = 20
+lr = 2e-3  # after three epochs slightly better than 1e-3
 freeze_last_layer = 3  # epochs of 234 steps; 1 was as good, as far as 1,500 images can tell
-teacher_momentum = 0.99
-workers = 1
-eval_every = 5
 out_dir = "out/tinyin30_clever"

@@ -18,9 +18,7 @@ from typing import NamedTuple
 from lib import resident
 from lib.config import UsageError
 from lib.images import UNREADABLE as UNREADABLE  # other files take these from here
-from lib.images import BrokenFiles as BrokenFiles
-from lib.images import Images as Images
-from lib.images import cache_in_ram, limit_decode, read_or_reason
+from lib.images import Images, cache_in_ram, limit_decode, read_or_reason
 from lib.images import decode as decode
 from lib.images import reason as reason
 from lib.images import subset as subset
@@ -55,7 +53,7 @@ def open_for_training(config, here):
     else:
         splits = [images and replace(images, pixels=None) for images in splits]
     if config.cache == "ram":
-        splits = [images and cache_in_ram(images, config.data, threads) for images in splits]
+        splits = [images and cache_in_ram(images, config.data, here, threads) for images in splits]
     if splits[0].pixels is None:
         check_shared_memory(config, here)
     return splits
@@ -152,73 +150,54 @@ class Schedule:
 
 
 @dataclass
-class _Files:
-    """What workers run. The next image that can be read takes the place of a broken file."""
+class _Samples:
+    """What makes a batch of a list of (epoch, index), for loading processes or resident images."""
 
     images: Images
     seed: int
-    crops: Callable  # (image, sample seed) -> tuple of uint8 tensors
-
-    def __getitem__(self, item):
-        epoch, index = item
-        seed = sample_seeds(self.seed, epoch, index)
-        broken = []
-        for i in chain(range(index, len(self.images)), range(index)):
-            image = read_or_reason(self.images.read, i)
-            if not isinstance(image, str):
-                return (*self.crops(image, seed), seed, self.images.labels[i], broken)
-            broken.append((self.images.name(i), image))
-        raise UsageError(f"{broken[0][0]}: broken, as is every other image of the data set")
-
-    def __getitems__(self, items):
-        *columns, broken = zip(*map(self.__getitem__, items))
-        return [*map(torch.stack, columns), list(chain(*broken))]
-
-
-@dataclass
-class _Resident:
-    """Images in one tensor: a batch is made at once, on the device."""
-
-    images: Images
-    seed: int
-    crops: Callable  # (images, sample seeds) -> tuple of uint8 tensors, on the images' device
+    crops: Callable  # crop_views or one_crop of (an image, its seed) or (images, seeds)
     device: torch.device
-    stream: object  # CUDA stream to make them in
+    stream: object = None  # CUDA stream to crop resident images in
 
     def __getitems__(self, items):
         epochs, index = torch.tensor(items).T
         seeds = sample_seeds(self.seed, epochs, index)
+        pixels = self.images.pixels
+        if pixels is None:
+            return self.from_files(index.tolist(), seeds)
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            pixels = self.images.pixels
             rows = pixels[to_device(pixels.device, index)].to(self.device)
             crops = self.crops(rows, seeds)
         return [*crops, seeds, self.images.labels[index], []]
 
+    def from_files(self, indices, seeds):
+        """Read and crop image by image. The next good image takes the place of a broken file."""
+        rows, broken = [], []
+        for index, seed in zip(indices, seeds):
+            for i in chain(range(index, len(self.images)), range(index)):
+                image = read_or_reason(self.images.read, i)
+                if not isinstance(image, str):
+                    break
+                broken.append((self.images.name(i), image))
+            else:
+                name = self.images.name(index)
+                raise UsageError(f"{name}: broken, as is every other image of the data set")
+            rows.append((*self.crops(image, seed), seed, self.images.labels[i]))
+        return [*map(torch.stack, zip(*rows)), broken]
 
-def _samples(images, seed, crops, here, stream=None):
-    """Return what makes a batch of a list of (epoch, index). crops: (of an image, of a batch)."""
-    of_image, of_batch = crops
-    if images.pixels is None:
-        return _Files(images, seed, of_image)
-    return _Resident(images, seed, of_batch, here.device, stream)
 
-
-def _loader(samples, batches, workers, here):
-    is_resident = isinstance(samples, _Resident)
+def _loader(samples, batches, workers, here, collate=tuple):
+    is_resident = samples.images.pixels is not None
     workers = 0 if is_resident else loading_workers(workers)
     return torch.utils.data.DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_batch,
+        collate_fn=collate,
         pin_memory=here.device.type == "cuda" and not is_resident,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_outlast_signals,
     )
-
-
-def _as_batch(columns):
-    return Batch._make(columns) if len(columns) == len(Batch._fields) else columns
 
 
 def _outlast_signals(_):
@@ -235,41 +214,69 @@ def _outlast_signals(_):
         threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
-def _views(config):
-    names = ("local_size", "local_crops", "global_scale", "local_scale")
-    sizes = {name: getattr(config, name) for name in names}
-    functions = (augment.crop_views, resident.crop_views)
-    crops = [partial(crop, global_size=config.img_size, **sizes) for crop in functions]
-    function = augment.RECIPES[config.recipe].crop_transform
-    return [partial(_transformed, function, crop) for crop in crops] if function else crops
+class BrokenFiles:
+    """Report each broken file once; stop the run if more than 1 % of the n images are broken."""
+
+    def __init__(self, n):
+        self.n = round(n)
+        self.seen = set()
+
+    def report(self, broken, say):
+        for name, why in broken:
+            if name not in self.seen:
+                self.seen.add(name)
+                say(f"skipped broken image {name}: {why} ({len(self.seen)} so far)")
+        if len(self.seen) > 0.01 * self.n:  # the data set is wrong, not one file
+            why = f"{len(self.seen)} of {self.n} images are broken, more than 1%"
+            raise UsageError(f"{why}, such as {min(self.seen)}; fix or remove them")
 
 
-def _transformed(function, crop, images, seeds):
-    """Cut crops, then apply a recipe's crop_transform to each: seeds (...), crops (..., n, ...)."""
+def crop_views(images, seeds, config):
+    """Cut the random crops of an image uint8 (3, H, W), seed (), or of a batch (B, 3, H, W), (B,).
+
+    Returns uint8 (..., 2, 3, G, G) and uint8 (..., L, 3, l, l), the recipe's crop_transform done.
+    """
+    cut = augment.random_crops if images.ndim == 3 else resident.random_crops
+    transform = augment.RECIPES[config.recipe].crop_transform
+    kinds = {
+        "global_crops": (2, config.img_size, config.global_scale),
+        "local_crops": (config.local_crops, config.local_size, config.local_scale),
+    }
     views = []
-    for kind, crops in enumerate(crop(images, seeds)):
-        index = torch.arange(crops.shape[-4])
-        of_crops = fork(seeds[..., None], "crop_transform", kind, index)
-        views.append(transform_each(function, crops, of_crops))
+    for kind, (stream, (n, size, scale)) in enumerate(kinds.items()):
+        crops = cut(images, fork(seeds, stream), n, size, scale)
+        if transform:
+            of_crops = fork(seeds[..., None], "crop_transform", kind, torch.arange(n))
+            crops = transform_each(transform, crops, of_crops)
+        views.append(crops)
     return views
+
+
+def one_crop(images, seeds, size, scale=None):
+    """Cut one crop of each image, as crop_views: the center, or with `scale` a random one."""
+    cutter = augment if images.ndim == 3 else resident
+    if scale is None:
+        return [cutter.center_crop(images, size)]
+    return [cutter.random_crops(images, fork(seeds, "global_crops"), 1, size, scale).squeeze(-4)]
+
+
+def _view_samples(images, config, here):
+    crops = partial(crop_views, config=config)
+    return _Samples(images, config.seed, crops, here.device, view_stream(here.device))
 
 
 def train_loader(images, config, start, stop, here):
     """Yield a Batch for each of the steps start .. stop-1, all epochs, with the same workers."""
-    size, seed = config.batch_size, config.seed
-    steps = Schedule(len(images), size, seed, start, stop, here.rank, here.world)
-    stream = view_stream(here.device)
-    return _loader(
-        _samples(images, seed, _views(config), here, stream), steps, config.workers, here
-    )
+    ranks = here.rank, here.world
+    steps = Schedule(len(images), config.batch_size, config.seed, start, stop, *ranks)
+    return _loader(_view_samples(images, config, here), steps, config.workers, here, Batch._make)
 
 
 def first_batch(images, config, n, here):
     """Return the Batch of the run's first n samples; before it 6 whole images (6, 3, G, G)."""
     [first] = Schedule(len(images), config.batch_size, config.seed, 0, 1)
-    whole = _samples(images, config.seed, _one_crop(config.img_size), here)
-    stream = view_stream(here.device)
-    views = _samples(images, config.seed, _views(config), here, stream)
+    whole = _Samples(images, config.seed, partial(one_crop, size=config.img_size), here.device)
+    views = _view_samples(images, config, here)
     return whole.__getitems__(first[: min(n, 6)])[0].cpu(), Batch(*views.__getitems__(first[:n]))
 
 
@@ -285,30 +292,13 @@ def split_batch(batch, limit):
     return [Batch(*part, []) for part in parts]
 
 
-def _one_crop(size, scale=None):
-    """Return (of an image, of a batch): its center crop, or with `scale` a random one."""
-    centers = (augment.center_crop, resident.center_crop)
-    randoms = (augment.random_crops, resident.random_crops)
-    if scale is None:
-        return [partial(_center, crop, size=size) for crop in centers]
-    return [partial(_random, crop, size=size, scale=scale) for crop in randoms]
-
-
-def _center(crop, image, _seed, size):
-    return (crop(image, size),)
-
-
-def _random(crop, image, seed, size, scale):
-    return (crop(image, fork(seed, "global_crops"), 1, size, scale).squeeze(-4),)
-
-
 def crop_loader(images, size, scale, steps, workers, here):
     """Yield batches of one random crop of each image, for a Schedule's steps.
 
     A batch: crops uint8 (B, 3, size, size), seeds (B,), labels (B,), broken [(name, reason)].
     """
-    samples = _samples(images, steps.seed, _one_crop(size, scale), here)
-    return _loader(samples, steps, workers, here)
+    crops = partial(one_crop, size=size, scale=scale)
+    return _loader(_Samples(images, steps.seed, crops, here.device), steps, workers, here)
 
 
 def eval_loader(images, size, batch_size, workers, here, seed=0, epoch=0, scale=None):
@@ -318,4 +308,5 @@ def eval_loader(images, size, batch_size, workers, here, seed=0, epoch=0, scale=
     """
     mine = [(epoch, i) for i in range(here.rank, len(images), here.world)]
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
-    return _loader(_samples(images, seed, _one_crop(size, scale), here), batches, workers, here)
+    crops = partial(one_crop, size=size, scale=scale)
+    return _loader(_Samples(images, seed, crops, here.device), batches, workers, here)

@@ -12,14 +12,12 @@ from lib.processor import local_ranks
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as TF
 from tqdm.contrib.concurrent import thread_map
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-CPU = torch.device("cpu")
 UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -114,27 +112,31 @@ def limit_decode(images, config):
     return replace(images, read=partial(_at, partial(decode, enough=math.ceil(enough)), args[1]))
 
 
-def cache_in_ram(images, what, threads):
+def cache_in_ram(images, what, here, threads):
     """Return the same Images, decoded once and cached; loading processes share them.
 
-    For a broken file the reason is cached. UsageError if they do not fit into memory. what: the
-    name of the data set.
+    For a broken file the reason is cached. UsageError if they do not fit into memory.
+    what: the name of the data set.
     """
     read = partial(read_or_reason, images.read)
     sample = map(read, range(0, len(images), max(1, len(images) // 64)))
     sizes = [image.numel() for image in sample if not isinstance(image, str)]
     needed = len(images) * sum(sizes) / max(len(sizes), 1) / 1e9
-    free = free_memory() / 1e9
+    free = free_memory(torch.device("cpu")) / 1e9
     if needed > 0.8 * free:
         why = f"{what} needs about {needed:.1f} GB of memory, {free:.1f} GB per rank are free"
         raise UsageError(f"cache=ram: {why}; remove --cache=ram")
-    progress = dict(desc=f"decoding {what}", leave=False)
-    progress["disable"] = dist.is_initialized() and dist.get_rank() > 0
-    cached = thread_map(read, range(len(images)), max_workers=threads, **progress)
+    cached = map_images(read, images, what, here, threads)
     return replace(images, read=partial(_at, _image_or_raise, cached))
 
 
-def free_memory(device=CPU):
+def map_images(function, images, what, here, threads):
+    """Return [function(i) for each image i], computed by threads; the main rank shows a bar."""
+    progress = dict(desc=f"decoding {what}", leave=False, delay=1, disable=not here.is_main)
+    return thread_map(function, range(len(images)), max_workers=threads, **progress)
+
+
+def free_memory(device):
     """Return the free bytes of a device; for the host, this rank's share of them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -162,20 +164,3 @@ def subset(images, indices):
     read, name = (partial(_at, f, indices.tolist()) for f in (images.read, images.name))
     pixels = None if images.pixels is None else images.pixels[indices.to(images.pixels.device)]
     return Images(read, images.labels[indices], images.classes, name, pixels)
-
-
-class BrokenFiles:
-    """Report each broken file once; stop the run if more than 1 % of the n images are broken."""
-
-    def __init__(self, n):
-        self.n = round(n)
-        self.seen = set()
-
-    def report(self, broken, say):
-        for name, why in broken:
-            if name not in self.seen:
-                self.seen.add(name)
-                say(f"skipped broken image {name}: {why} ({len(self.seen)} so far)")
-        if len(self.seen) > 0.01 * self.n:  # the data set is wrong, not one file
-            why = f"{len(self.seen)} of {self.n} images are broken, more than 1%"
-            raise UsageError(f"{why}, such as {min(self.seen)}; fix or remove them")

@@ -10,13 +10,12 @@ a crop shrinks by more than four, a few differ by one level (tests/test_resident
 from dataclasses import replace
 from functools import partial
 
-from lib.images import free_memory, read_or_reason
+from lib.images import free_memory, map_images, read_or_reason
 from lib.processor import exact_fp32
-from lib.rng import fork, to_device
+from lib.rng import to_device
 
 import torch
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 from augment import center_place, crop_boxes
 
@@ -46,36 +45,31 @@ def _decode_all(images, what, here, threads):
     """Read the files into one tensor; not if a sample of 64 does not fit, or a file is broken."""
     read = partial(read_or_reason, images.read)
     first = read(0)
-    for i in range(0, len(images), max(1, len(images) // 64)):
-        if not _is_like(read(i), first):
-            return images
-    if not all(_fits(first, len(images), device) for device in (torch.device("cpu"), here.device)):
+    devices = (torch.device("cpu"), here.device)
+    if isinstance(first, str) or not all(_fits(first, len(images), each) for each in devices):
+        return images
+    if not all(_is_like(read(i), first) for i in range(0, len(images), len(images) // 64 or 1)):
         return images
     pixels = torch.empty(len(images), *first.shape, dtype=torch.uint8)
 
     def load(i):
         image = read(i)
-        if not _is_like(image, first):
-            return "broken" if isinstance(image, str) else "of another size"
-        pixels[i] = image
-        return ""
+        if _is_like(image, first):
+            pixels[i] = image
+            return ""
+        return "broken" if isinstance(image, str) else "of another size"
 
-    progress = dict(desc=f"decoding {what}", leave=False, delay=1, disable=not here.is_main)
-    reasons = thread_map(load, range(len(images)), max_workers=threads, **progress)
-    failed = {i: why for i, why in enumerate(reasons) if why}
-    if failed:
-        i, why = next(iter(failed.items()))
-        if here.is_main:
-            tqdm.write(f"{images.name(i)} is {why}: each step reads {what} from its files")
-        return images
+    for i, why in enumerate(map_images(load, images, what, here, threads)):
+        if why:
+            if here.is_main:
+                tqdm.write(f"{images.name(i)} is {why}: each step reads {what} from its files")
+            return images
     return replace(images, pixels=pixels)
 
 
 def _is_like(image, first):
-    """Tell whether an image, or the reason why there is none, is a small image of first's size."""
-    if isinstance(image, str) or isinstance(first, str):
-        return False
-    return image.shape == first.shape and image[0].numel() <= SMALL
+    """Tell whether an image, or the reason why there is none, has the size of the first."""
+    return not isinstance(image, str) and image.shape == first.shape
 
 
 def _fits(image, n, device):
@@ -85,18 +79,11 @@ def _fits(image, n, device):
 # --- crops, as augment.py's of one image ----------------------------------------------------------
 
 
-def crop_views(images, seeds, global_size, local_size, local_crops, global_scale, local_scale):
-    """Cut images uint8 (B, 3, H, W), seeds (B,) on the CPU, into what augment.crop_views cuts.
-
-    Returns uint8 (B, 2, 3, G, G) and uint8 (B, L, 3, l, l), on the images' device.
-    """
-    large = random_crops(images, fork(seeds, "global_crops"), 2, global_size, global_scale)
-    small = random_crops(images, fork(seeds, "local_crops"), local_crops, local_size, local_scale)
-    return large, small
-
-
 def random_crops(images, seeds, n, size, scale):
-    """Cut n random resized crops of each: images uint8 (B, 3, H, W) -> (B, n, 3, size, size)."""
+    """Cut n random resized crops of each: images uint8 (B, 3, H, W) -> (B, n, 3, size, size).
+
+    seeds (B,) lie on the CPU, the crops on the images' device.
+    """
     B, _, H, W = images.shape
     if n == 0:
         return images.new_empty(B, 0, 3, size, size)

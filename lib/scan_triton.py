@@ -78,14 +78,9 @@ if triton:
         return pointer + offset
 
     @triton.jit
-    def _load(array, k, b, position, channel, mask):
-        """Load elements of a strided array as fp32, 0 where masked."""
-        return tl.load(_at(array, k, b, position, channel), mask=mask, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def _load_row(pointer, at, mask):
-        """Load elements of a contiguous array as fp32, 0 where masked."""
-        return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+    def _load(address, mask):
+        """Load as fp32, 0 where masked."""
+        return tl.load(address, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
     def _plus_stored(x, address, mask, n: tl.constexpr):
@@ -104,8 +99,8 @@ if triton:
     @triton.jit
     def _step_sizes(delta, bias, k, b, position, channel, inside, channels):
         """Return delta + bias and its softplus dt; dt is 0 outside, where the state stays."""
-        bias_here = _load_row(bias, k * channels + channel, channel < channels)
-        pre = _load(delta, k, b, position, channel, inside) + bias_here
+        bias_here = _load(bias + k * channels + channel, channel < channels)
+        pre = _load(_at(delta, k, b, position, channel), inside) + bias_here
         return pre, tl.where(inside, _softplus(pre), 0.0)
 
     @triton.jit
@@ -138,21 +133,21 @@ if triton:
         u, delta, A, B, C, D, bias, y, states = arrays
         images, channels, L, size = sizes
         row, k, b, channel, exists = _this_program(images, channels, BLOCK_C)
-        a_n = _load_row(A, (k * channels + channel) * N + n, exists)
-        d = _load_row(D, k * channels + channel, exists)
+        a_n = _load(A + (k * channels + channel) * N + n, exists)
+        d = _load(D + k * channels + channel, exists)
         h0 = tl.zeros((1, BLOCK_C), tl.float32)
         for chunk in range(CHUNKS):
             l = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
             inside = (l < L) & exists
             position = _position(l, k, L, size)
-            x = _load(u, k, b, position, channel, inside)
+            x = _load(_at(u, k, b, position, channel), inside)
             dt = _step_sizes(delta, bias, k, b, position, channel, inside, channels)[1]
             at_state = (row * CHUNKS + chunk) * channels + channel
             tl.store(states + at_state, h0, mask=exists)
 
-            write = dt * x * _load(B, k, b, position, n, l < L)
+            write = dt * x * _load(_at(B, k, b, position, n), l < L)
             h = _scan_chunk(dt, a_n, write, h0)
-            part = h * _load(C, k, b, position, n, l < L)
+            part = h * _load(_at(C, k, b, position, n), l < L)
             if n == 0:
                 part += d * x
             at_y = _at(y, k, b, position, channel)
@@ -166,7 +161,7 @@ if triton:
         delta, A, C, bias, gy, g = arrays
         images, channels, L, size = sizes
         _, k, b, channel, exists = _this_program(images, channels, BLOCK_C)
-        a_n = _load_row(A, (k * channels + channel) * N + n, exists)
+        a_n = _load(A + (k * channels + channel) * N + n, exists)
         g0 = tl.zeros((1, BLOCK_C), tl.float32)
         for chunk in range(CHUNKS):
             l = L - 1 - chunk * CHUNK - tl.arange(0, CHUNK)[:, None]
@@ -175,8 +170,8 @@ if triton:
             after = _position(l + 1, k, L, size)
             has_next = inside & (l + 1 < L)
             dt = _step_sizes(delta, bias, k, b, after, channel, has_next, channels)[1]
-            grad_y = _load(gy, k, b, position, channel, inside)
-            read = _load(C, k, b, position, n, l >= 0) * grad_y
+            grad_y = _load(_at(gy, k, b, position, channel), inside)
+            read = _load(_at(C, k, b, position, n), l >= 0) * grad_y
             grad = _scan_chunk(dt, a_n, read, g0)
             tl.store(_at(g, k, b, position, channel), grad, mask=inside)
             g0 = _last_step(grad, CHUNK)
@@ -193,8 +188,8 @@ if triton:
         u, delta, A, B, D, bias, gy, g, states, du, ddelta, dA, dB, dC, dD, dbias = arrays
         images, channels, L, size = sizes
         row, k, b, channel, exists = _this_program(images, channels, BLOCK_C)
-        a_n = _load_row(A, (k * channels + channel) * N + n, exists)
-        d = _load_row(D, k * channels + channel, exists)
+        a_n = _load(A + (k * channels + channel) * N + n, exists)
+        d = _load(D + k * channels + channel, exists)
         sum_a = tl.zeros((1, BLOCK_C), tl.float32)
         sum_d = tl.zeros((1, BLOCK_C), tl.float32)
         sum_bias = tl.zeros((1, BLOCK_C), tl.float32)
@@ -202,15 +197,15 @@ if triton:
             l = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
             inside = (l < L) & exists
             position = _position(l, k, L, size)
-            x = _load(u, k, b, position, channel, inside)
+            x = _load(_at(u, k, b, position, channel), inside)
             pre, dt = _step_sizes(delta, bias, k, b, position, channel, inside, channels)
-            h0 = _load_row(states, (row * CHUNKS + chunk) * channels + channel, exists)
+            h0 = _load(states + (row * CHUNKS + chunk) * channels + channel, exists)
 
-            b_l = _load(B, k, b, position, n, l < L)
+            b_l = _load(_at(B, k, b, position, n), l < L)
             write = dt * x * b_l
             h = _scan_chunk(dt, a_n, write, h0)
-            grad = _load(g, k, b, position, channel, inside)
-            grad_y = _load(gy, k, b, position, channel, inside)
+            grad = _load(_at(g, k, b, position, channel), inside)
+            grad_y = _load(_at(gy, k, b, position, channel), inside)
             through_a = grad * (h - write)  # dL/dh_l a_l h_{l-1}
             grad_x = grad * b_l * dt
             grad_dt = through_a * a_n + grad * b_l * x

@@ -27,25 +27,23 @@ def shapes(split, size=64, count=None, seed=0, name="shapes"):
     seeds, labels = _seeds_and_labels(split, count or COUNTS[name][split], seed)
     pieces = zip(seeds.split(500), labels.split(500))
     in_color = name == "shapes20k"
-    pixels = torch.cat([draw_shapes(s, y, size, in_color) for s, y in pieces])
+    pixels = torch.cat([draw_shapes(s, y, size, in_color)[0] for s, y in pieces])
     return memory_images(pixels, labels, list(SHAPES), f"{name} {split}")
 
 
 def shape_masks(split, size, count, seed=0):
     """Return images of `shapes`, (count, 3, size, size), and masks, bool (count, size, size)."""
-    seeds, labels = _seeds_and_labels(split, count, seed)
-    cover = paint_shapes(shape_facts(seeds, labels), labels, size)[2]
-    return draw_shapes(seeds, labels, size), cover[:, 0] > 0.5
+    return draw_shapes(*_seeds_and_labels(split, count, seed), size)
 
 
-def moving_shapes(index, size, frames=16, objects=2, seed=0):
-    """Draw a video: shapes move and turn in front of a background, the later ones in front.
+def moving_shapes(index, size, frames=16, seed=0):
+    """Draw a video: two shapes move and turn in front of a background, the second one in front.
 
     Returns uint8 (frames, 3, size, size) and ids, uint8 (frames, size, size): 0 is the background.
     """
     time = torch.linspace(0, 1, frames)
     ids = torch.zeros(frames, size, size, dtype=torch.uint8)
-    for i in range(objects):
+    for i in range(2):
         object_seed = fork(seed, "video", index, i)
         labels = torch.full((frames,), (index + 3 * i) % len(SHAPES))
         facts = shape_facts(object_seed.expand(frames), labels)
@@ -125,10 +123,13 @@ def _tint(hue):
 
 
 def draw_shapes(seeds, labels, size, in_color=False):
-    """Draw uint8 (n, 3, size, size) for sample seeds (n,) and labels (n,), indices into SHAPES."""
+    """Draw images for sample seeds (n,) and labels (n,), indices into SHAPES.
+
+    Returns uint8 (n, 3, size, size) and where the shape is, bool (n, size, size).
+    """
     facts = shape_facts(seeds, labels, in_color)
     back, front, cover = paint_shapes(facts, labels, size)
-    return _with_grain(back + cover * (front - back), seeds)
+    return _with_grain(back + cover * (front - back), seeds), cover[:, 0] > 0.5
 
 
 def paint_shapes(facts, labels, size):
@@ -151,16 +152,14 @@ def paint_shapes(facts, labels, size):
         rows = labels == label
         distance[rows] = signed_distance((own_x[rows], own_y[rows]))
     cover = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]
-    return _stripes(facts["back"], facts["wave"], x, y), facts["front"], cover
 
-
-def _stripes(colors, wave, x, y):
-    """Mix two colors (n, 2, 3, 1, 1) by a plane wave (n, 3, 1, 1): direction, speed, phase."""
-    direction, speed, phase = wave.unbind(1)
+    # the background: two colors, mixed by a plane wave
+    direction, speed, phase = facts["wave"].unbind(1)
     along = (2 * math.pi * direction).cos() * x + (2 * math.pi * direction).sin() * y
     wave = torch.sin(speed * along + 2 * math.pi * phase)
     mix = (0.5 + 0.5 * wave)[:, None]  # (n, 1, size, size)
-    return colors[:, 0] * mix + colors[:, 1] * (1 - mix)
+    back = facts["back"][:, 0] * mix + facts["back"][:, 1] * (1 - mix)
+    return back, facts["front"], cover
 
 
 def _with_grain(image, seeds):

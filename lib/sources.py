@@ -85,14 +85,12 @@ def _find_images(folder, classes):
     """Return paths and labels of the images in folder/CLASS/**. Class "" is the folder itself."""
     labels = {name: i for i, name in enumerate(classes)}
     samples = datasets.folder.make_dataset(str(folder), labels, EXTENSIONS, allow_empty=True)
-    paths, found = zip(*samples) if samples else ([], [])
-    there = set(found)
-    for name in classes:
-        if labels[name] not in there:
-            why = f"class folder {name} holds no images" if name else "holds no images"
-            fix = "add some or remove it" if name else "give a folder of images"
-            raise UsageError(f"{folder}: {why} ({' '.join(EXTENSIONS)}); {fix}")
-    return paths, found
+    empty = {*range(len(classes))} - {label for _, label in samples}
+    if empty:
+        where = folder / classes[min(empty)]
+        fix = "add some, remove it, or give another folder"
+        raise UsageError(f"{where}: holds no images ({' '.join(EXTENSIONS)}); {fix}")
+    return zip(*samples)
 
 
 def _labeled_folder(folder, class_file):

@@ -11,7 +11,7 @@ import itertools
 import math
 from functools import partial
 
-from lib import compiled, packed, rng
+from lib import compiled, rng
 from lib.rng import fork, noise, sample_seeds, uniforms
 
 import pytest
@@ -544,12 +544,12 @@ def test_a_packed_copy_is_what_it_was(monkeypatch):
     )
     copies = []
     monkeypatch.setattr(rng, "to_device", lambda device, x: copies.append(x) or x.clone())
-    got = packed.copy_packed(torch.device("cpu"), tensors)
+    got = rng.copy_packed(torch.device("cpu"), tensors)
     assert len(copies) == 1 and got.keys() == tensors.keys()
     for name, x in tensors.items():
         assert torch.equal(got[name], x) and got[name].dtype == x.dtype
         assert got[name].data_ptr() % x.itemsize == 0
-    assert packed.copy_packed(torch.device("cpu"), {}) == {} and len(copies) == 1
+    assert rng.copy_packed(torch.device("cpu"), {}) == {} and len(copies) == 1
 
 
 @pytest.mark.gpu

@@ -248,7 +248,7 @@ def test_the_configs_are_valid_and_tell_how_to_run_them(path, monkeypatch):
     config = configure(Config, [str(path)], **CHOICES)
     assert config.out_dir == f"out/{path.stem}"
     doc = runpy.run_path(str(path))["__doc__"]
-    assert f"configs/{path.name}" in doc or path.stem.startswith("collapse")
+    assert f"configs/{path.name}" in doc
 
 
 def test_config_imports_no_project_module_and_no_torch():

@@ -192,7 +192,7 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
 
 def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
     images = sources.open_images(str(make_tree(tmp_path / "tree", 12, ["zero.jpg"])), "train")
-    cached = data.cache_in_ram(images, "tree", 2)
+    cached = data.cache_in_ram(images, "tree", HERE, 2)
     (bad,) = (i for i in range(13) if "zero" in images.name(i))
     for i in set(range(13)) - {bad}:
         assert torch.equal(cached.read(i), images.read(i)) and cached.read(i) is cached.read(i)
@@ -201,7 +201,7 @@ def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
     assert cached.name(bad) == images.name(bad) and str(error.value)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with pytest.raises(UsageError, match=r"needs about .* GB .*are free; remove --cache=ram"):
-        data.cache_in_ram(images, "tree", 2)
+        data.cache_in_ram(images, "tree", HERE, 2)
 
 
 def test_more_than_one_percent_broken_stops(tmp_path):
@@ -216,7 +216,7 @@ def test_images_can_be_sent_to_workers_of_any_kind(folder, tmp_path):
     """Where processes are not forked, they get the Images pickled."""
     images = sources.open_images(str(folder), "train")
     limited = data.limit_decode(images, tiny_config())
-    cached = data.cache_in_ram(data.subset(images, [3, 4]), "folder", 1)
+    cached = data.cache_in_ram(data.subset(images, [3, 4]), "folder", HERE, 1)
     for some in (images, limited, cached, shapes("train", 32, 4)):
         again = pickle.loads(pickle.dumps(some))
         assert torch.equal(again.read(1), some.read(1)) and again.name(1) == some.name(1)

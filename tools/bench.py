@@ -256,7 +256,7 @@ GLOBAL_SCALE, LOCAL_SCALE = (0.4, 1.0), (0.05, 0.4)
 
 
 def ten_crops(image, seed):
-    return augment.crop_views(image, seed, 224, 96, 8, GLOBAL_SCALE, LOCAL_SCALE)
+    return data.crop_views(image, seed, Config())
 
 
 def reference_transforms(recipe):
