@@ -348,8 +348,6 @@ class Sequence(NamedTuple):
             mask = read_mask(mask) if isinstance(mask, Path) else mask
         except data.UNREADABLE as error:
             raise Unreadable(data.reason(error)) from error
-        if mask is not None and mask.shape != image.shape[1:]:
-            raise Unreadable(f"{self.frame(t)} and its mask differ in size")
         return image, mask
 
 
@@ -567,6 +565,10 @@ def find_object(setting, photo, draw):
     H, W = image.shape[1:]
     if truth is not None:
         truth = truth > (127 if truth.max() > 1 else 0)  # of 0 and 1, or of 0 and 255
+        if truth.shape != (H, W):
+            h, w = truth.shape
+            tqdm.write(f"{photo.name}: mask of {w}x{h} resized to {W}x{H}, the image's size")
+            truth = enlarge(truth, H, W) > 0.5
     sides = photo_sides(H, W, setting.config.size, setting.side)
     found, scores = {}, {}
     for row in setting.models:
@@ -668,6 +670,8 @@ def propagate_masks(setting, video, first, n_objects):
     propagations = {row_part: Propagation(labels, *options) for row_part in setting.parts}
     for t in tqdm(range(len(video.images)), video.name, leave=False, disable=None):
         image, truth = video.read(t)
+        if truth is not None and truth.shape != image.shape[1:]:
+            raise Unreadable(f"frame {video.frame(t)} and its annotation differ in size")
         z = {row: setting.feature_map(row, image, sides) for row in setting.models}
         found = {}
         for (row, part), propagation in propagations.items():

@@ -2,8 +2,6 @@
 
     python train.py configs/cifar10_dino_resnet18.py --download=True
 
-For CLeVER: --method=clever --out_dir=out/cifar10_clever_resnet18.
-
 The recipe is that of lightly's CIFAR-10 benchmark: two views of 32 px without blur, SGD, batch 128,
 200 epochs. It reports a kNN accuracy of 86.8 % there (84.0 % in a later version, 88.4 % with batch
 512 and 800 epochs), of k = 200; ours is of k = 20. solo-learn's linear probe: 89.5 %, 1000 epochs.

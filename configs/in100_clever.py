@@ -10,9 +10,6 @@ Target (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 75.7 / 73.6.
 Other backbones and recipes, one option each:
     --arch=vit_tiny 68.7 / 66.0    --arch=resnet18 74.2 / 71.3    --arch=resnet50 79.1 / 77.7
     --recipe=baug (vit_small) 76.7 / 50.4
-DINO, --method=dino --out_dir=out/in100_dino: 73.2 / 71.0.
-    --arch=vit_tiny 66.2 / 62.6    --arch=resnet18 71.5 / 68.7    --arch=resnet50 78.4 / 76.4
-    --recipe=baug (vit_small) 75.9 / 50.7
 As in the paper's text, whose table our copy lacks: --optimizer=sgd --lr=1e-3 --epochs=500.
 """
 

@@ -3,7 +3,7 @@
     python train.py configs/tinyin40_clever.py --data=/path/to/tinyin40
     python eval_linear.py --protocol=ridge --ckpt=out/tinyin40_clever/ckpt.pt
 
-The folder has train/CLASS/* and val/CLASS/*. For DINO: --method=dino --out_dir=out/tinyin40_dino.
+The folder has train/CLASS/* and val/CLASS/*.
 Hardware: two CPU cores with bf16. Time and accuracy: docs/real_images.md.
 The setting in which the authors' modules were measured (docs/real_images.md):
     --img_size=64 --local_size=32 --out_dim=4096 --head_hidden=1024 --drop_path=0.1 --epochs=9

@@ -540,16 +540,16 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
     assert (
         "torn: skipped" in said
         and "tiny: clever finds no foreground: all patches are alike, or no two are" in said
-        and "3: skipped, 3 and its mask differ in size" in said
+        and "3: mask of 32x32 resized" in said
     )
     assert (
-        "2 of 6 have no ground truth: segmented, not scored" in said and "no foreground: " in said
+        "2 of 7 have no ground truth: segmented, not scored" in said and "no foreground: " in said
     )
     written = {
         path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "masks/clever").iterdir()
     }
     assert (
-        set(written) == {*"01245", "tiny"}
+        set(written) == {*"012345", "tiny"}
         and set(np.unique(written["0"])) == {0, 255}
         and written["0"].shape == (64, 64)
         and written["tiny"].shape == (5, 5)
@@ -559,10 +559,12 @@ def test_saliency_from_folders(ckpt, tmp_path, capsys):
         / ((written[str(i)] > 0) | masks[i].numpy()).sum()
         for i in (0, 1, 2, 4)
     ]
+    three = eval_seg.enlarge(torch.from_numpy(np.array(too_small, np.uint8)), 64, 64).numpy() > 0
+    iou.append(((written["3"] > 0) & three).sum() / ((written["3"] > 0) | three).sum())
     [row] = [row for row in result["rows"] if row["metric"] == "IoU"]
     assert (
         row["value"] == pytest.approx(100 * np.mean(iou), abs=0.01)
-        and row["n"] == 4
+        and row["n"] == 5
         and row["test"] == "ECSSD"
     )
     assert {row["metric"] for row in result["rows"]} == {
