@@ -75,21 +75,16 @@ def broadcast(obj):
     return held[0]
 
 
-def wait_on_hosts():
-    """Wait up to a day for all ranks, as during a download: NCCL would stop after ten minutes."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1), group=_hosts)
-
-
 def wait_for_ranks():
-    """Wait at the end of a script until every rank is here. The process group stays alive.
+    """Wait up to a day until every rank is here: NCCL's barrier would stop after ten minutes.
 
-    To destroy it could hang. DistributedDataParallel holds the last reference to it and, when it is
-    freed, keeps Python's lock while it waits for a communication thread; that thread may need the
-    lock to free a tensor. So run_main ends the process instead.
+    At the end of a script the process group stays alive: to destroy it could hang.
+    DistributedDataParallel holds the last reference to it and, when it is freed, keeps Python's
+    lock while it waits for a communication thread; that thread may need the lock to free a tensor.
+    So run_main ends the process instead.
     """
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1), group=_hosts)
 
 
 @contextlib.contextmanager

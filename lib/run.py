@@ -1,6 +1,5 @@
 """What a training step works on: student, teacher, optimizer, centers."""
 
-import contextlib
 import copy
 import functools
 import os
@@ -60,8 +59,7 @@ class Run:
     def start(cls, network, has_teacher, config, steps_per_epoch, here):
         """Build a run around a student on the CPU: teacher, optimizer, centers, compiled blocks."""
         device = here.device
-        if not has_teacher:
-            check_two_views(config, network)
+        check_method(network, has_teacher, config)
         if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
             init_from(network.backbone, config)
         network = network.to(device)
@@ -115,25 +113,25 @@ class Run:
         )
 
     def load(self, state):
-        """Continue from a checkpoint's state; older files lack skipped and teacher_temp."""
+        """Continue from a checkpoint's state."""
         self.network.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, center in self.centers.items():
             center.copy_(state["centers"][name])
-        self.skipped.copy_(state.get("skipped", self.skipped))
-        self.teacher_temp = state.get("teacher_temp", self.config.teacher_temp)
+        self.skipped.copy_(state["skipped"])
+        self.teacher_temp = state["teacher_temp"]
 
     def views(self, batch):
         """Make the views of a data.Batch on the device: [(2, B, 3, G, G), (L, B, 3, l, l)].
 
         On a GPU this runs in a stream of its own, while the GPU still computes the step before.
         """
-        main_stream = torch.cuda.current_stream() if self.stream else None
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+        with torch.cuda.stream(self.stream):  # None: no effect
             crops = [x.to(self.here.device, non_blocking=True) for x in batch[:2]]
             views = augment.augment_views(*crops, batch.seeds, self.recipe)
         if self.stream:
+            main_stream = torch.cuda.current_stream()
             main_stream.wait_stream(self.stream)
             for view in views:
                 view.record_stream(main_stream)  # so that its memory is not reused in this step
@@ -196,30 +194,30 @@ def refuse_to_skip_more(run, first, last, n_images, terms):
     )
 
 
-def check_two_views(config, network):
-    """Raise UsageError for options that do not fit a method without a teacher."""
-    if config.local_crops:
+def check_method(network, has_teacher, config):
+    """Raise UsageError for options that do not fit a method without a teacher or a split."""
+    method, has_split = config.method, network.head_ef is not None
+    if not (has_teacher and has_split) and config.orth_views != "teacher":
+        raise UsageError(f"orth_views={config.orth_views}: not for {method}; remove --orth_views")
+    if not has_teacher and config.local_crops:
         fix = "uses two global views only; set --local_crops=0"
-        raise UsageError(f"local_crops={config.local_crops}: {config.method} {fix}")
-    if network.head_ef is not None and config.orth not in ("cosine", "dot"):
-        raise UsageError(f"orth={config.orth}: not for {config.method}; use --orth=cosine or dot")
+        raise UsageError(f"local_crops={config.local_crops}: {method} {fix}")
+    if not has_teacher and has_split and config.orth not in ("cosine", "dot"):
+        raise UsageError(f"orth={config.orth}: not for {method}; use --orth=cosine or dot")
 
 
 def init_from(backbone, config):
     """Load the weights of config.init_from. UsageError if their backbone is another one."""
     given, facts = load_backbone(config.init_from)
-    state = given.state_dict()
-    own = backbone.state_dict()
-    if [(name, x.shape) for name, x in state.items()] != [
-        (name, x.shape) for name, x in own.items()
-    ]:
+    try:
+        backbone.load_state_dict(given.state_dict())
+    except RuntimeError:
         names = ("arch", "img_size", "patch_size", "stem")
-        facts = dict(stem="imagenet") | facts  # older runs have no other
+        facts = dict(stem="imagenet") | facts  # third-party weights have no other
         there = ", ".join(f"{name}={facts[name]}" for name in names)
         here = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         fix = f"this run has {here}; set the same"
-        raise UsageError(f"init_from={config.init_from}: has {there}; {fix}")
-    backbone.load_state_dict(state)
+        raise UsageError(f"init_from={config.init_from}: has {there}; {fix}") from None
 
 
 def make_optimizer(network, config):
