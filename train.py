@@ -164,7 +164,7 @@ def make_run(config, steps_per_epoch, here):
     config.ratio = config.ratio if has_split else 1.0
     torch.manual_seed(config.seed)
     network = build_network(config, head)
-    run = Run.start(network, head == "prototypes", config, steps_per_epoch, here)
+    run = Run(network, head == "prototypes", config, steps_per_epoch, here)
     run.teacher_temp = teacher_temperature(0, config, run.schedule_epoch)
     return run
 

@@ -60,11 +60,11 @@ def _link(path, other):
     os.replace(partial, other)
 
 
-def to_host(obj, copy):
-    """Return obj, nested dicts, with its tensors on the host; copy: also those that are there."""
+def to_host(obj):
+    """Copy the tensors of obj, nested dicts, to the host."""
     if isinstance(obj, dict):
-        return {key: to_host(value, copy) for key, value in obj.items()}
-    return obj.to("cpu", copy=copy) if torch.is_tensor(obj) else obj
+        return {key: to_host(value) for key, value in obj.items()}
+    return obj.to("cpu", copy=True) if torch.is_tensor(obj) else obj
 
 
 def read_checkpoint(path):

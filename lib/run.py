@@ -1,105 +1,72 @@
 """What a training step works on: student, teacher, optimizer, centers."""
 
 import copy
-import functools
 import os
-from dataclasses import dataclass
 
-from lib import compiled, data, machine, processor, rng
+from lib import compiled, data, processor, rng
 from lib.batchnorm import sync_batch_norm
-from lib.config import Config, UsageError
+from lib.config import UsageError
 from lib.weights import load_backbone
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
 
 
-@dataclass
 class Run:
     """What a training step works on. state and load have all that the next step needs."""
 
-    config: Config
-    here: machine.Here
-    recipe: augment.Recipe
-    steps_per_epoch: int
-    network: nn.Module  # the student, model.Network
-    teacher: nn.Module  # EMA of network, in training mode as DINO's; without one: network itself
-    student: nn.Module  # network, or DistributedDataParallel around it
-    optimizer: torch.optim.Optimizer
-    centers: dict  # head -> center (K,); empty without a teacher
-    skipped: torch.Tensor  # (2,) int64: steps skipped in all, and in a row until now
-    stream: object  # CUDA stream that makes the next views; None on a CPU
-    notes: list  # lines of the first screen: compiled blocks, a shortened warm-up
-    teacher_temp: float = 0.0  # of the current step
-
-    @property
-    def has_teacher(self):
-        return self.teacher is not self.network
-
-    @property
-    def total(self):
-        """The number of steps of the whole run: of all epochs, or max_steps if that is less."""
-        total = self.config.epochs * self.steps_per_epoch
-        return min(total, self.config.max_steps or total)
-
-    @property
-    def schedule_epoch(self):
-        """The steps of an epoch of the schedules: fewer than the data's if max_steps ends it."""
-        return self.total / self.config.epochs
-
-    @functools.cached_property
-    def trained(self):
-        """The parameters that the loss trains: {name: parameter}. A walk through all modules."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-
-    @classmethod
-    def start(cls, network, has_teacher, config, steps_per_epoch, here):
-        """Build a run around a student on the CPU: teacher, optimizer, centers, compiled blocks."""
-        device = here.device
+    def __init__(self, network, has_teacher, config, steps_per_epoch, here):
+        """Take a fresh student on the CPU. Resolves the options of config, for config.json."""
         check_method(network, has_teacher, config)
         if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
             init_from(network.backbone, config)
-        network = network.to(device)
-        teacher = copy.deepcopy(network).requires_grad_(False) if has_teacher else network
-        networks = [network, teacher] if has_teacher else [network]
-        student = network
+        device = here.device
+        self.config = config
+        self.here = here
+        self.recipe = augment.recipe(config.recipe, config.blur, config.solarize)
+        self.steps_per_epoch = steps_per_epoch
+        # of the whole run: of all epochs, or max_steps if that is less
+        total = config.epochs * steps_per_epoch
+        self.total = min(total, config.max_steps or total)
+        self.schedule_epoch = self.total / config.epochs  # steps of an epoch of the schedules
+
+        # teacher: an EMA of the student, in training mode as DINO's; without one: the student
+        self.network = network.to(device)  # model.Network
+        self.has_teacher = has_teacher
+        self.teacher = copy.deepcopy(network).requires_grad_(False) if has_teacher else network
+        self.teacher_temp = 0.0  # of the current step
+        self.centers = {}  # head -> center (K,); empty without a teacher
+        for name, head in network.heads.items() if has_teacher else ():
+            self.centers[name] = torch.zeros(len(head.last_layer.weight_v), device=device)
+
+        # what the loss trains: {name: parameter}
+        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.trained, network.backbone, config)
+        # (2,): steps skipped in all, and in a row until now
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
+        self.stream = processor.view_stream(device)  # which makes the next views; None on a CPU
+
+        networks = [network, self.teacher] if has_teacher else [network]
+        self.student = network  # or DistributedDataParallel around it
         if here.world > 1:
             networks = [sync_batch_norm(net) for net in networks]
             ids = [device.index] if device.type == "cuda" else None
-            student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        if config.compile is False:  # do not compile the losses and the views either
-            compiled.COMPILERS.clear()
+            self.student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         config.compile, line = compiled.compile_blocks(networks, config.compile, device)
-        notes = [line] if line else []
-        if config.warmup_epochs >= config.epochs:
-            clipped = config.epochs / 10
-            notes.append(f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}")
-            config.warmup_epochs = clipped
         # the search for the fastest kernel is worth it for many convolutions, not for a ViT's one
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
-        config.device = device.type  # resolved, for config.json
+
+        self.notes = [line] if line else []  # for the first screen
+        if config.warmup_epochs >= config.epochs:
+            clipped = config.epochs / 10
+            note = f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}"
+            self.notes.append(note)
+            config.warmup_epochs = clipped
+        config.device = device.type
         config.precision = here.precision
-        centers = {}
-        for name, head in network.heads.items() if has_teacher else ():
-            centers[name] = torch.zeros(len(head.last_layer.weight_v), device=device)
-        return cls(
-            config=config,
-            here=here,
-            recipe=augment.recipe(config.recipe, config.blur, config.solarize),
-            steps_per_epoch=steps_per_epoch,
-            network=network,
-            teacher=teacher,
-            student=student,
-            optimizer=make_optimizer(network, config),
-            centers=centers,
-            skipped=torch.zeros(2, dtype=torch.int64, device=device),
-            stream=processor.view_stream(device),
-            notes=notes,
-        )
 
     def state(self):
         """Return what the next step depends on, for a checkpoint."""
@@ -220,10 +187,9 @@ def init_from(backbone, config):
         raise UsageError(f"init_from={config.init_from}: has {there}; {fix}") from None
 
 
-def make_optimizer(network, config):
+def make_optimizer(trained, backbone, config):
     """Build AdamW or SGD over two groups: matrices decay; biases, norms and .no_decay do not."""
-    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    exempt = getattr(network.backbone, "no_decay", ())  # VMamba's decay rates
+    exempt = getattr(backbone, "no_decay", ())  # VMamba's decay rates
     groups = [dict(params=[], decays=True), dict(params=[], decays=False)]
     for name, p in trained.items():
         groups[p.ndim < 2 or name.endswith(exempt)]["params"].append(p)

@@ -140,7 +140,8 @@ class RunDir:
         facts = dict(config=asdict(run.config), step=done, images=self.n_images)
         checkpoint = facts | run.state()
         files = {CHECKPOINT: checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
-        files = to_host(files, copy=self.in_thread)  # the next step changes them in place
+        if self.in_thread:
+            files = to_host(files)  # the next step changes them in place
         if self.in_thread and not is_last:
             self.writing.append(self.writer.submit(self._write, done, files))
         else:

@@ -102,7 +102,6 @@ ROOMS = {
             "lib.batchnorm",
             "lib.compiled",
             "lib.data",
-            "lib.machine",
             "lib.processor",
             "lib.weights",
         },

@@ -455,11 +455,15 @@ def test_what_a_method_cannot_do_is_refused(options, message):
         train.make_run(tiny_config(**options), 5, HERE)
 
 
-def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder):
+def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder, monkeypatch):
+    def without_ef(*given):
+        terms, means, logged = train.distil(*given)
+        return {"L_CL": terms["L_CL"]}, means, logged
+
+    monkeypatch.setitem(train.METHODS, "clever", (without_ef, True, "prototypes"))
     config = tiny_config()
     run = train.make_run(config, 5, HERE)
-    run.network.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(AssertionError, match=r"no loss term reaches extra\.weight"):
+    with pytest.raises(AssertionError, match=r"no loss term reaches head_ef\.mlp\.0\.weight"):
         train.train_step(run, 0, batch_of(sources.open_images(str(folder), "train"), config))
 
 
