@@ -32,12 +32,10 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None, group=None
 
 
 # fmt: off
-SYNONYMS = {"lam": "lambda_preg", "ema": "teacher_momentum", "clip": "clip_grad",
-            "data_path": "data", "dataset": "data", "data_dir": "data_root", "model": "arch",
-            "output_dir": "out_dir", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt",
-            "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "num_workers": "workers",
-            "batch_size_per_gpu": "batch_size", "local_crops_number": "local_crops",
-            "momentum_teacher": "teacher_momentum", "use_fp16": "precision", "amp": "precision"}
+SYNONYMS = {"lam": "lambda_preg", "ema": "teacher_momentum", "momentum_teacher": "teacher_momentum",
+            "model": "arch", "data_path": "data", "batch_size_per_gpu": "batch_size",
+            "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "use_fp16": "precision",
+            "amp": "precision", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt"}
 NOT_OPTIONS = {"revision", "device", "workers"}  # config.json: about that run's machine
 MUST_BE = {bool: "True or False", int: "of type int", float: "of type float and finite",
            str: "of type str", tuple: "a list of numbers, as 0.1,0.2; a list of one number: 0.1,"}
@@ -195,7 +193,7 @@ def help_text(cls, **choices):
 
 
 def _field(cls, name):
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = cls.__dataclass_fields__
     if name not in fields:
         new = SYNONYMS.get(name.replace("-", "_").lower())
         hint = f" (did you mean {new!r}?)" if new in fields else did_you_mean(name, fields)

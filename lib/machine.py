@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from lib.config import UsageError
-from lib.processor import choose_device, choose_precision
+from lib.processor import choose_device, choose_precision, local_ranks
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def join(device="auto", precision="auto"):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
-        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+        if world == local_ranks():
             # On one machine torchrun keeps the store when it restarts the ranks. Without a prefix
             # for each attempt the new ranks would find the addresses of the dead ones.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)

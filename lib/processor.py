@@ -22,7 +22,7 @@ def choose_device(name):
     n_gpus = torch.cuda.device_count()
     if local_rank >= n_gpus:
         raise UsageError(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes but {n_gpus} GPUs here: "
+            f"{local_ranks()} processes but {n_gpus} GPUs here: "
             "lower --nproc_per_node, or use --device=cpu"
         )
     return torch.device("cuda", local_rank)

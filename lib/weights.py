@@ -27,15 +27,12 @@ def load_backbone(path, part="teacher"):
     """
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
-    beside = run_config(Path(path).parent) if Path(path).name == "backbone.pt" else {}
     config = checkpoint.get("config")
-    if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
-        config = beside
+    if not isinstance(config, dict):
+        config = run_config(Path(path).parent) if Path(path).name == "backbone.pt" else {}
     arch, facts = _recognize(state, path, config.get("arch"))
-    if config.get("arch") != arch and config is not beside:
-        cause = f"its config says {config['arch']}, but its weights are of {arch}"
-        raise UsageError(f"{path}: {cause}; give another file")
-    config = config if config.get("arch") == arch else dict(arch=arch, **facts)
+    if config.get("arch") != arch:  # none, or another program's
+        config = dict(arch=arch, **facts)
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they have no split, but older files may say 0.8
     backbone = build_backbone(arch, **facts)
