@@ -83,7 +83,7 @@ def warnings(numbers, config):
     norms = {}
     for head, K in (("ir", config.out_dim), ("ef", config.out_dim_ef)):
         entropy = numbers.get(f"H_{head}", 0)
-        gains = K if entropy else 0  # of a prototype head, fixed: 1 each
+        gains = K if f"H_{head}" in numbers else 0  # of a prototype head, fixed: 1 each
         norms[head] = math.sqrt(max(numbers.get(f"norm_{head}", 0) ** 2 - gains, 0))
         if entropy > 0.99 * math.log(K):
             yield (
