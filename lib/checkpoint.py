@@ -17,7 +17,11 @@ CHECKPOINT, PREVIOUS = "ckpt.pt", "ckpt.prev.pt"  # of a run, and the one before
 
 
 class Damaged(UsageError):
-    """The content of a file is not what was written."""
+    """The content of a file is not what was written. .cause: the message without its fix."""
+
+    def __init__(self, cause, fix):
+        super().__init__(f"{cause}; {fix}")
+        self.cause = cause
 
 
 def save_atomically(obj, path, previous=""):
@@ -56,58 +60,47 @@ def _link(path, other):
     os.replace(partial, other)
 
 
-def to_host(obj, copy):
-    """Return obj, nested dicts, with its tensors on the host; copy: also those that are there."""
+def to_host(obj):
+    """Copy the tensors of obj, nested dicts, to the host."""
     if isinstance(obj, dict):
-        return {key: to_host(value, copy) for key, value in obj.items()}
-    return obj.to("cpu", copy=copy) if torch.is_tensor(obj) else obj
+        return {key: to_host(value) for key, value in obj.items()}
+    return obj.to("cpu", copy=True) if torch.is_tensor(obj) else obj
 
 
 def read_checkpoint(path):
     """Load tensors and plain types. UsageError for anything else: no file can run code.
 
-    Damaged if a checksum is wrong; torch does not check them. Files from before PyTorch 1.6 have no
-    checksums.
+    Damaged if a checksum of torch's zip archive is wrong; torch does not check them. Files from
+    before PyTorch 1.6 have no checksums.
     """
     allowed = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]  # DINO's, VMamba's
     try:
-        check_sums(path)
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            head = file.read(4)
     except OSError as error:
-        cause = f"{error.strerror or error}; give the path of a checkpoint"
+        raise UsageError(f"{path}: {error.strerror}; give the path of a checkpoint") from None
+    try:
+        wrong = None
+        if head == b"PK\3\4":
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+        if wrong is None:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        cause = f"damaged, {wrong} has a wrong checksum"
     except pickle.UnpicklingError:
         cause = "not a checkpoint; give a run's ckpt.pt or backbone.pt, or published weights"
-        with open(path, "rb") as file:
-            if file.read(1) in (b"P", b"\x80"):  # torch's zip, or a pickle
-                cause = "refused, because it could run code; "
-                cause += "give a file that torch.load(weights_only=True) reads"
-    except Damaged as error:
-        raise Damaged(f"{path}: {error}; copy it again{_or_the_one_before(path)}") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        cause = f"not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
-        raise Damaged(f"{path}: {cause}{_or_the_one_before(path)}") from None
-    raise UsageError(f"{path}: {cause}")
-
-
-def check_sums(path):
-    """Raise Damaged if a member of torch's zip archive does not match its checksum."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # an older pickle, or none of torch's
-            return
-        try:
-            with zipfile.ZipFile(file) as archive:
-                wrong = archive.testzip()
-        except Exception as error:  # a flipped bit can raise anything
-            raise Damaged(f"damaged ({type(error).__name__})") from None
-    if wrong:
-        raise Damaged(f"damaged, {wrong} has a wrong checksum")
-
-
-def _or_the_one_before(path):
-    """Return a hint to use the previous checkpoint beside path, if there is one."""
+        if head[:1] in (b"P", b"\x80"):  # torch's zip, or a pickle
+            cause = "refused, because it could run code; "
+            cause += "give a file that torch.load(weights_only=True) reads"
+        raise UsageError(f"{path}: {cause}") from None
+    except Exception as error:  # a flipped bit can raise anything
+        cause = f"damaged, or not a checkpoint ({type(error).__name__})"
+    fix = "copy it again"
     previous = Path(path).with_name(PREVIOUS)
-    return f", or use {previous}" if Path(path).name == CHECKPOINT and previous.exists() else ""
+    if Path(path).name == CHECKPOINT and previous.exists():
+        fix += f", or use {previous}"
+    raise Damaged(f"{path}: {cause}", fix)
 
 
 def digest_of_weights(module):

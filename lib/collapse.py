@@ -62,15 +62,15 @@ def _frozen(backbone, images, here):
 
 
 def share_of_lengths(first, now):
-    """Return how much of the decrease of dot_ef the decrease of lengths_ef explains, in logarithms.
+    """Return {"share_ef": how much of dot_ef's decrease lengths_ef's explains, by logarithms}.
 
     0: the vectors have only rotated; 1: only shrunk; above 1: shrunk and rotated together.
-    nan: dot_ef has not decreased. first, now: from metrics.
+    {} if dot_ef has not decreased. first, now: from metrics.
     """
     fall = {}
     for name in ("dot_ef", "lengths_ef"):
-        fall[name] = math.log(max(first[name], 1e-30) / max(now[name], 1e-30))
-    return fall["lengths_ef"] / fall["dot_ef"] if fall["dot_ef"] > 0.01 else math.nan
+        fall[name] = math.log(max(first.get(name, 0), 1e-30) / max(now.get(name, 0), 1e-30))
+    return {"share_ef": fall["lengths_ef"] / fall["dot_ef"]} if fall["dot_ef"] > 0.01 else {}
 
 
 def warnings(numbers, config):
@@ -80,9 +80,11 @@ def warnings(numbers, config):
         "ef": "this alone lowers L_Orth to 1/K, so ef learns little; raise beta or lower "
         "lambda_preg",
     }
-    prototypes = {"ir": config.out_dim, "ef": config.out_dim_ef}
-    for head, K in prototypes.items():
+    norms = {}
+    for head, K in (("ir", config.out_dim), ("ef", config.out_dim_ef)):
         entropy = numbers.get(f"H_{head}", 0)
+        gains = K if f"H_{head}" in numbers else 0  # of a prototype head, fixed: 1 each
+        norms[head] = math.sqrt(max(numbers.get(f"norm_{head}", 0) ** 2 - gains, 0))
         if entropy > 0.99 * math.log(K):
             yield (
                 f"the teacher's {head} output is almost uniform (entropy {entropy:.3f} of ln K = "
@@ -95,11 +97,6 @@ def warnings(numbers, config):
                 f"the representation's {part} part has collapsed (std {std:.3f}, effective rank "
                 f"{rank:.1f}): lower lr, or raise batch_size or warmup_epochs"
             )
-    # norms without the fixed gains of a prototype head, 1 each
-    gains = {head: K if f"H_{head}" in numbers else 0 for head, K in prototypes.items()}
-    norms = {}
-    for head, gain in gains.items():
-        norms[head] = math.sqrt(max(numbers.get(f"norm_{head}", 0) ** 2 - gain, 0))
     if "norm_ef" in numbers and norms["ef"] < 0.1 * norms["ir"]:
         yield (
             f"the ef head has shrunk to norm {norms['ef']:.2g} against the ir head's "

@@ -20,13 +20,12 @@ EAGER = set()  # what failed to compile and now runs eagerly: "losses", "views"
 
 def run_compiled(what, function, images, *arguments, **options):
     """Return function(images, ...), compiled as one graph for each shape of its tensors."""
-    device = images.device
-    whole = dict(dynamic=False, fullgraph=True)
-    return or_eagerly(
-        what,
-        device,
-        lambda: compiled(what, function, device, **whole)(images, *arguments, **options),
-    )
+
+    def compute():
+        whole = compiled(what, function, images.device, dynamic=False, fullgraph=True)
+        return whole(images, *arguments, **options)
+
+    return or_eagerly(what, images.device, compute)
 
 
 def or_eagerly(what, device, compute):
@@ -34,7 +33,7 @@ def or_eagerly(what, device, compute):
     try:
         return compute()
     except Exception as error:
-        if not _backend(what, device):
+        if what in EAGER or device.type not in COMPILERS:
             raise
         EAGER.add(what)
         print(f"{what} are not compiled: {type(error).__name__}: {_one_line(error)}", flush=True)
@@ -43,12 +42,8 @@ def or_eagerly(what, device, compute):
 
 def compiled(what, function, device, **options):
     """Return the function compiled for the device, or itself if `what` is eager there."""
-    backend = _backend(what, device)
+    backend = None if what in EAGER else COMPILERS.get(device.type)
     return _compile(function, backend, **options) if backend else function
-
-
-def _backend(what, device):
-    return None if what in EAGER else COMPILERS.get(device.type)
 
 
 @functools.cache
@@ -64,11 +59,14 @@ def _one_line(error):
 def compile_blocks(networks, wanted, device):
     """Compile the backbones' blocks one by one -> whether, and a line for the first screen.
 
-    wanted: True, False or None: only a ViT's on a GPU, if a trial kernel compiles on every rank.
+    wanted: True; False, which holds for the losses and the views too; or None: only a ViT's on a
+    GPU, if a trial kernel compiles on every rank.
     A CPU gains little and compiles for minutes; a ResNet would be one large graph.
     UsageError if it is True and the trial fails.
     """
     is_vit = hasattr(networks[0].backbone, "tokens")
+    if wanted is False:
+        COMPILERS.clear()
     if wanted is False or (wanted is None and not (device.type == "cuda" and is_vit)):
         return False, ""
     cause = trial_on_all_ranks(device) if device.type == "cuda" else ""

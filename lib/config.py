@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -33,13 +32,10 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None, group=None
 
 
 # fmt: off
-RENAMED = {"lam": "lambda_preg", "ema": "teacher_momentum", "clip": "clip_grad",
-           "loss_images": "loss_chunk", "answers": "save_correct"}  # old: new; the old is refused
-SYNONYMS = {"data_path": "data", "dataset": "data", "data_dir": "data_root", "model": "arch",
-            "output_dir": "out_dir", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt",
-            "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "num_workers": "workers",
-            "batch_size_per_gpu": "batch_size", "local_crops_number": "local_crops",
-            "momentum_teacher": "teacher_momentum", "use_fp16": "precision", "amp": "precision"}
+SYNONYMS = {"lam": "lambda_preg", "ema": "teacher_momentum", "momentum_teacher": "teacher_momentum",
+            "model": "arch", "data_path": "data", "batch_size_per_gpu": "batch_size",
+            "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "use_fp16": "precision",
+            "amp": "precision", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt"}
 NOT_OPTIONS = {"revision", "device", "workers"}  # config.json: about that run's machine
 MUST_BE = {bool: "True or False", int: "of type int", float: "of type float and finite",
            str: "of type str", tuple: "a list of numbers, as 0.1,0.2; a list of one number: 0.1,"}
@@ -107,7 +103,6 @@ class Config:
     device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto: bf16 if it is fast", choices=("auto", "bf16", "fp32"))
     fused: bool = option(True, "False: run the plain formulas of losses.py, to check them")
-    loss_chunk: int = option(0, "images with logits in memory at a time; 0: automatic", 0, 2**24)
     compile: bool = option(None, "torch.compile the backbone's blocks; None: only ViTs on a GPU")
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")
@@ -123,8 +118,8 @@ class Config:
     def __post_init__(self):
         self.out_dim_ef = self.out_dim_ef or self.out_dim
         for name, scale in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
-            numbers = [x for x in scale if type(x) in (int, float)]
-            if len(scale) != 2 or len(numbers) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            are_numbers = [type(x) in (int, float) for x in scale]
+            if are_numbers != [True, True] or not 0 < scale[0] <= scale[1] <= 1:
                 raise UsageError(f"{name}={scale!r:.60}: must be low,high; 0 < low <= high <= 1")
 # fmt: on
 
@@ -135,8 +130,7 @@ def configure(cls, argv, **choices):
     choices: option -> names of the table that it chooses from.
     """
     if "-h" in argv or "--help" in argv:
-        files = [a.removeprefix("--config=") for a in argv if a.endswith((".py", ".json"))]
-        print(help_text(cls, _read_file(cls, files[0]) if files else {}, **choices))
+        print(help_text(cls, **choices))
         raise SystemExit(0)
     given, files = {}, []
     rest = iter(argv)
@@ -184,32 +178,24 @@ def did_you_mean(name, names):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def help_text(cls, from_file=(), **choices):
-    """Return what --help prints: each option with its default, help and choices, by groups.
-
-    from_file: {option: value} of a config file; its values are shown, with a star.
-    """
-    from_file = dict(from_file)
+def help_text(cls, **choices):
+    """Return what --help prints: each option with its default, help and choices, by groups."""
     groups, group = {}, ""
     for field in dataclasses.fields(cls):
         group = field.metadata["group"] or group
         names = choices.get(field.name) or field.metadata["choices"]
         about = field.metadata["help"] + (f" ({', '.join(names)})" if names else "")
-        value = from_file.get(field.name, field.default)
-        star = "" if value == field.default else " *"
-        head = f"  --{field.name}={value}{star}".ljust(33) + " "
+        head = f"  --{field.name}={field.default}".ljust(33) + " "
         line = textwrap.fill(about, 100, initial_indent=head, subsequent_indent=" " * 34)
-        groups.setdefault(group, ["", group]).append(line)
+        groups[group] = groups.get(group, f"\n{group}") + f"\n{line}"
     usage = "Usage: [config.py | --config=out/x/config.json] [--key=value | --key value ...]"
-    about = [inspect.cleandoc(cls.__doc__), usage]
-    about += ["* set by the config file, not the default"] if from_file else []
-    return "\n".join(itertools.chain(about, *groups.values()))
+    return "\n".join([inspect.cleandoc(cls.__doc__), usage, *groups.values()])
 
 
 def _field(cls, name):
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = cls.__dataclass_fields__
     if name not in fields:
-        new = RENAMED.get(name) or SYNONYMS.get(name.replace("-", "_").lower())
+        new = SYNONYMS.get(name.replace("-", "_").lower())
         hint = f" (did you mean {new!r}?)" if new in fields else did_you_mean(name, fields)
         raise UsageError(f"unknown option {name!r:.60}{hint}; --help lists all options")
     return fields[name]
@@ -238,10 +224,20 @@ def _typed(field, value):
     return value
 
 
+def run_config(folder):
+    """Return the options in the config.json of a run's folder; {} if it has none."""
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def _read_file(cls, path):
     """Execute a config file, or read a config.json -> {option: value}.
 
-    Modules and _names are the file's own. The options of an older config.json get their new names.
+    Modules and _names are the file's own.
     """
     if not path.endswith((".py", ".json")):
         raise UsageError(f"{path}: neither a config file (.py, .json) nor --key=value")
@@ -252,8 +248,9 @@ def _read_file(cls, path):
             names = runpy.run_path(path)
         else:
             with open(path) as file:
-                there = dict(json.load(file))
-            names = {RENAMED.get(n, n): there[n] for n in there.keys() - NOT_OPTIONS}
+                names = dict(json.load(file))
+            for name in NOT_OPTIONS & names.keys():
+                del names[name]
             if names.get("ratio") == 1.0:  # of a method without ef
                 del names["ratio"]
     except Exception as error:

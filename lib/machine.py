@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from lib.config import UsageError
-from lib.processor import choose_device, choose_precision
+from lib.processor import choose_device, choose_precision, local_ranks
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def join(device="auto", precision="auto"):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
-        if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+        if world == local_ranks():
             # On one machine torchrun keeps the store when it restarts the ranks. Without a prefix
             # for each attempt the new ranks would find the addresses of the dead ones.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -75,21 +75,16 @@ def broadcast(obj):
     return held[0]
 
 
-def wait_on_hosts():
-    """Wait up to a day for all ranks, as during a download: NCCL would stop after ten minutes."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1), group=_hosts)
-
-
 def wait_for_ranks():
-    """Wait at the end of a script until every rank is here. The process group stays alive.
+    """Wait up to a day until every rank is here: NCCL's barrier would stop after ten minutes.
 
-    To destroy it could hang. DistributedDataParallel holds the last reference to it and, when it is
-    freed, keeps Python's lock while it waits for a communication thread; that thread may need the
-    lock to free a tensor. So run_main ends the process instead.
+    At the end of a script the process group stays alive: to destroy it could hang.
+    DistributedDataParallel holds the last reference to it and, when it is freed, keeps Python's
+    lock while it waits for a communication thread; that thread may need the lock to free a tensor.
+    So run_main ends the process instead.
     """
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1), group=_hosts)
 
 
 @contextlib.contextmanager

@@ -163,9 +163,8 @@ class Monitor:
         numbers = self.evaluate(is_last=done == run.total)
         records = self.folder.records()
         warms_up = run.config.teacher_temp_epochs > 0  # then probabilities shrink by themselves
-        if "dot_ef" in numbers and records and "dot_ef" in records[0] and not warms_up:
-            share = collapse.share_of_lengths(records[0], numbers)
-            numbers |= {} if math.isnan(share) else {"share_ef": share}
+        if records and not warms_up:
+            numbers |= collapse.share_of_lengths(records[0], numbers)
         self.folder.log(step=done, epoch=epoch, **numbers)
         if run.here.is_main:
             names = [n for n in numbers if n.startswith(("knn", "rank_", "view_share_", "norm"))]

@@ -22,7 +22,7 @@ def choose_device(name):
     n_gpus = torch.cuda.device_count()
     if local_rank >= n_gpus:
         raise UsageError(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes but {n_gpus} GPUs here: "
+            f"{local_ranks()} processes but {n_gpus} GPUs here: "
             "lower --nproc_per_node, or use --device=cpu"
         )
     return torch.device("cuda", local_rank)
@@ -60,23 +60,17 @@ def choose_precision(name, device):
         name = "bf16" if fast_bf16 else "fp32"
     enabled = name == "bf16"
     if device.type == "cuda":
-        _set_kernels(allow_tf32=enabled)
+        # TF32 rounds the factors of fp32 matrix products to 11 bits. With bf16 it serves what is
+        # outside of autocast: the prototypes' logits, linear classifiers; never convolutions, for
+        # which torch's default is True. The old names set torch's new ones (fp32_precision) too,
+        # but not the reverse; torch.compile reads both and stops where they differ (PyTorch's issue
+        # 166387).
+        torch.backends.cuda.matmul.allow_tf32 = enabled
+        torch.backends.cudnn.allow_tf32 = False
+        # cuDNN's attention comes first on an H100. Its backward has crashed for a single query,
+        # which is what the last block has (PyTorch's issue 138529). Off until it is measured.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return name, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
-
-
-def _set_kernels(allow_tf32):
-    """Choose among a GPU's kernels. allow_tf32: fp32 matrix products round factors to 11 bits.
-
-    With bf16, TF32 serves what is outside of autocast: the prototypes' logits, linear classifiers.
-    Convolutions outside of autocast never use it (torch's default is that they do).
-    The old names set torch's new ones (fp32_precision) too. The new ones do not set the old ones;
-    torch.compile reads both and stops where they differ (PyTorch's issue 166387).
-    """
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    # cuDNN's attention comes first on an H100. Its backward has crashed for a single query, which
-    # is what the last block has (PyTorch's issue 138529). Off until it is measured.
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextlib.contextmanager

@@ -1,107 +1,72 @@
 """What a training step works on: student, teacher, optimizer, centers."""
 
-import contextlib
 import copy
-import functools
 import os
-from dataclasses import dataclass
 
-from lib import compiled, data, machine, processor, rng
+from lib import compiled, data, processor, rng
 from lib.batchnorm import sync_batch_norm
-from lib.config import Config, UsageError
+from lib.config import UsageError
 from lib.weights import load_backbone
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
 
 
-@dataclass
 class Run:
     """What a training step works on. state and load have all that the next step needs."""
 
-    config: Config
-    here: machine.Here
-    recipe: augment.Recipe
-    steps_per_epoch: int
-    network: nn.Module  # the student, model.Network
-    teacher: nn.Module  # EMA of network, in training mode as DINO's; without one: network itself
-    student: nn.Module  # network, or DistributedDataParallel around it
-    optimizer: torch.optim.Optimizer
-    centers: dict  # head -> center (K,); empty without a teacher
-    skipped: torch.Tensor  # (2,) int64: steps skipped in all, and in a row until now
-    stream: object  # CUDA stream that makes the next views; None on a CPU
-    notes: list  # lines of the first screen: compiled blocks, a shortened warm-up
-    teacher_temp: float = 0.0  # of the current step
-
-    @property
-    def has_teacher(self):
-        return self.teacher is not self.network
-
-    @property
-    def total(self):
-        """The number of steps of the whole run: of all epochs, or max_steps if that is less."""
-        total = self.config.epochs * self.steps_per_epoch
-        return min(total, self.config.max_steps or total)
-
-    @property
-    def schedule_epoch(self):
-        """The steps of an epoch of the schedules: fewer than the data's if max_steps ends it."""
-        return self.total / self.config.epochs
-
-    @functools.cached_property
-    def trained(self):
-        """The parameters that the loss trains: {name: parameter}. A walk through all modules."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-
-    @classmethod
-    def start(cls, network, has_teacher, config, steps_per_epoch, here):
-        """Build a run around a student on the CPU: teacher, optimizer, centers, compiled blocks."""
-        device = here.device
-        if not has_teacher:
-            check_two_views(config, network)
+    def __init__(self, network, has_teacher, config, steps_per_epoch, here):
+        """Take a fresh student on the CPU. Resolves the options of config, for config.json."""
+        check_method(network, has_teacher, config)
         if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
             init_from(network.backbone, config)
-        network = network.to(device)
-        teacher = copy.deepcopy(network).requires_grad_(False) if has_teacher else network
-        networks = [network, teacher] if has_teacher else [network]
-        student = network
+        device = here.device
+        self.config = config
+        self.here = here
+        self.recipe = augment.recipe(config.recipe, config.blur, config.solarize)
+        self.steps_per_epoch = steps_per_epoch
+        # of the whole run: of all epochs, or max_steps if that is less
+        total = config.epochs * steps_per_epoch
+        self.total = min(total, config.max_steps or total)
+        self.schedule_epoch = self.total / config.epochs  # steps of an epoch of the schedules
+
+        # teacher: an EMA of the student, in training mode as DINO's; without one: the student
+        self.network = network.to(device)  # model.Network
+        self.has_teacher = has_teacher
+        self.teacher = copy.deepcopy(network).requires_grad_(False) if has_teacher else network
+        self.teacher_temp = 0.0  # of the current step
+        self.centers = {}  # head -> center (K,); empty without a teacher
+        for name, head in network.heads.items() if has_teacher else ():
+            self.centers[name] = torch.zeros(len(head.last_layer.weight_v), device=device)
+
+        # what the loss trains: {name: parameter}
+        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.trained, network.backbone, config)
+        # (2,): steps skipped in all, and in a row until now
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
+        self.stream = processor.view_stream(device)  # which makes the next views; None on a CPU
+
+        networks = [network, self.teacher] if has_teacher else [network]
+        self.student = network  # or DistributedDataParallel around it
         if here.world > 1:
             networks = [sync_batch_norm(net) for net in networks]
             ids = [device.index] if device.type == "cuda" else None
-            student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        if config.compile is False:  # do not compile the losses and the views either
-            compiled.COMPILERS.clear()
+            self.student = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         config.compile, line = compiled.compile_blocks(networks, config.compile, device)
-        notes = [line] if line else []
-        if config.warmup_epochs >= config.epochs:
-            clipped = config.epochs / 10
-            notes.append(f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}")
-            config.warmup_epochs = clipped
         # the search for the fastest kernel is worth it for many convolutions, not for a ViT's one
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
-        config.device = device.type  # resolved, for config.json
+
+        self.notes = [line] if line else []  # for the first screen
+        if config.warmup_epochs >= config.epochs:
+            clipped = config.epochs / 10
+            note = f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}"
+            self.notes.append(note)
+            config.warmup_epochs = clipped
+        config.device = device.type
         config.precision = here.precision
-        centers = {}
-        for name, head in network.heads.items() if has_teacher else ():
-            centers[name] = torch.zeros(len(head.last_layer.weight_v), device=device)
-        return cls(
-            config=config,
-            here=here,
-            recipe=augment.recipe(config.recipe, config.blur, config.solarize),
-            steps_per_epoch=steps_per_epoch,
-            network=network,
-            teacher=teacher,
-            student=student,
-            optimizer=make_optimizer(network, config),
-            centers=centers,
-            skipped=torch.zeros(2, dtype=torch.int64, device=device),
-            stream=processor.view_stream(device),
-            notes=notes,
-        )
 
     def state(self):
         """Return what the next step depends on, for a checkpoint."""
@@ -115,25 +80,25 @@ class Run:
         )
 
     def load(self, state):
-        """Continue from a checkpoint's state; older files lack skipped and teacher_temp."""
+        """Continue from a checkpoint's state."""
         self.network.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, center in self.centers.items():
             center.copy_(state["centers"][name])
-        self.skipped.copy_(state.get("skipped", self.skipped))
-        self.teacher_temp = state.get("teacher_temp", self.config.teacher_temp)
+        self.skipped.copy_(state["skipped"])
+        self.teacher_temp = state["teacher_temp"]
 
     def views(self, batch):
         """Make the views of a data.Batch on the device: [(2, B, 3, G, G), (L, B, 3, l, l)].
 
         On a GPU this runs in a stream of its own, while the GPU still computes the step before.
         """
-        main_stream = torch.cuda.current_stream() if self.stream else None
-        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+        with torch.cuda.stream(self.stream):  # None: no effect
             crops = [x.to(self.here.device, non_blocking=True) for x in batch[:2]]
             views = augment.augment_views(*crops, batch.seeds, self.recipe)
         if self.stream:
+            main_stream = torch.cuda.current_stream()
             main_stream.wait_stream(self.stream)
             for view in views:
                 view.record_stream(main_stream)  # so that its memory is not reused in this step
@@ -196,36 +161,35 @@ def refuse_to_skip_more(run, first, last, n_images, terms):
     )
 
 
-def check_two_views(config, network):
-    """Raise UsageError for options that do not fit a method without a teacher."""
-    if config.local_crops:
+def check_method(network, has_teacher, config):
+    """Raise UsageError for options that do not fit a method without a teacher or a split."""
+    method, has_split = config.method, network.head_ef is not None
+    if not (has_teacher and has_split) and config.orth_views != "teacher":
+        raise UsageError(f"orth_views={config.orth_views}: not for {method}; remove --orth_views")
+    if not has_teacher and config.local_crops:
         fix = "uses two global views only; set --local_crops=0"
-        raise UsageError(f"local_crops={config.local_crops}: {config.method} {fix}")
-    if network.head_ef is not None and config.orth not in ("cosine", "dot"):
-        raise UsageError(f"orth={config.orth}: not for {config.method}; use --orth=cosine or dot")
+        raise UsageError(f"local_crops={config.local_crops}: {method} {fix}")
+    if not has_teacher and has_split and config.orth not in ("cosine", "dot"):
+        raise UsageError(f"orth={config.orth}: not for {method}; use --orth=cosine or dot")
 
 
 def init_from(backbone, config):
     """Load the weights of config.init_from. UsageError if their backbone is another one."""
     given, facts = load_backbone(config.init_from)
-    state = given.state_dict()
-    own = backbone.state_dict()
-    if [(name, x.shape) for name, x in state.items()] != [
-        (name, x.shape) for name, x in own.items()
-    ]:
+    try:
+        backbone.load_state_dict(given.state_dict())
+    except RuntimeError:
         names = ("arch", "img_size", "patch_size", "stem")
-        facts = dict(stem="imagenet") | facts  # older runs have no other
+        facts = dict(stem="imagenet") | facts  # third-party weights have no other
         there = ", ".join(f"{name}={facts[name]}" for name in names)
         here = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         fix = f"this run has {here}; set the same"
-        raise UsageError(f"init_from={config.init_from}: has {there}; {fix}")
-    backbone.load_state_dict(state)
+        raise UsageError(f"init_from={config.init_from}: has {there}; {fix}") from None
 
 
-def make_optimizer(network, config):
+def make_optimizer(trained, backbone, config):
     """Build AdamW or SGD over two groups: matrices decay; biases, norms and .no_decay do not."""
-    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    exempt = getattr(network.backbone, "no_decay", ())  # VMamba's decay rates
+    exempt = getattr(backbone, "no_decay", ())  # VMamba's decay rates
     groups = [dict(params=[], decays=True), dict(params=[], decays=False)]
     for name, p in trained.items():
         groups[p.ndim < 2 or name.endswith(exempt)]["params"].append(p)

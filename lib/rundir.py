@@ -11,22 +11,20 @@ import fcntl
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 
 from lib import boards, log, machine
 from lib.checkpoint import CHECKPOINT, PREVIOUS, Damaged, read_checkpoint, save_atomically, to_host
-from lib.config import RENAMED, Config, UsageError
+from lib.config import Config, UsageError, run_config
 from lib.results import revision
 
 import torch
 from tqdm import tqdm
 
-KEYS = {"config", "step", "images", "student", "teacher", "optimizer", "centers"}  # of ckpt.pt
 RESUME_OVERRIDABLE = {  # options that a continued run may change: results differ by rounding only
-    *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),
+    *("out_dir", "workers", "cache", "max_batch_per_gpu", "device", "compile"),
     *("scan", "log_every", "eval_every", "save_every", "save_every_epochs", "probe_at_end"),
-    *("data_root", "download", "tensorboard", "wandb"),
+    *("data_root", "download", "tensorboard", "wandb", "revision"),
 }
 
 
@@ -74,17 +72,14 @@ class RunDir:
         config = self.run.config
         path = self.path("config.json")
         now = revision()
-        if os.path.exists(path):
-            there = None
-            with open(path) as file, suppress(ValueError):
-                there = json.load(file)
-            if self.step == 0 and not isinstance(there, dict):
+        there = run_config(config.out_dir)
+        if self.step == 0 and os.path.exists(path):
+            if not there:
                 raise UsageError(f"{path}: not the config.json of a run; choose another --out_dir")
-            if self.step == 0:
-                self._refuse_other(there)
-            elif isinstance(there, dict) and there.get("revision", now) != now:
-                before = f"revision {there['revision']} wrote {config.out_dir}, this is {now}"
-                tqdm.write(f"NOTE: {before}: other code continues its weights")
+            self._refuse_other(there)
+        elif there.get("revision", now) != now:
+            before = f"revision {there['revision']} wrote {config.out_dir}, this is {now}"
+            tqdm.write(f"NOTE: {before}: other code continues its weights")
         try:
             os.makedirs(config.out_dir, exist_ok=True)
             self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
@@ -103,11 +98,7 @@ class RunDir:
     def _refuse_other(self, there):
         """UsageError if the run in the folder has other options, except RESUME_OVERRIDABLE."""
         here = json.loads(json.dumps(asdict(self.run.config)))
-        defaults = {name: field.default for name, field in Config.__dataclass_fields__.items()}
-        there = {RENAMED.get(name, name): there[name] for name in there.keys() - {"revision"}}
-        there = json.loads(json.dumps(defaults | dict(stem="imagenet") | there))  # the old stem
-        if here["ratio"] == 1.0:  # no split; older runs kept the default
-            there["ratio"] = 1.0
+        there = json.loads(json.dumps(asdict(Config()) | there))  # a new option: its default
         differ = []
         for name in here | there:
             if name not in RESUME_OVERRIDABLE and there.get(name) != here.get(name):
@@ -149,7 +140,8 @@ class RunDir:
         facts = dict(config=asdict(run.config), step=done, images=self.n_images)
         checkpoint = facts | run.state()
         files = {CHECKPOINT: checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
-        files = to_host(files, copy=self.in_thread)  # the next step changes them in place
+        if self.in_thread:
+            files = to_host(files)  # the next step changes them in place
         if self.in_thread and not is_last:
             self.writing.append(self.writer.submit(self._write, done, files))
         else:
@@ -192,15 +184,16 @@ class RunDir:
         try:
             checkpoint = read_checkpoint(path)
         except Damaged as error:
-            cause = str(error).partition(";")[0]
             self.damaged, path = path, self.path(PREVIOUS)
             if not os.path.exists(path):
                 fix = "remove it to start again, or choose another --out_dir"
-                raise UsageError(f"{cause}; {fix}") from None
+                raise Damaged(error.cause, fix) from None
             checkpoint = read_checkpoint(path)
             if run.here.is_main:
-                tqdm.write(f"WARNING: {cause}; continuing from {path}, one checkpoint earlier")
-        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
+                instead = f"continuing from {path}, one checkpoint earlier"
+                tqdm.write(f"WARNING: {error.cause}; {instead}")
+        needed = run.state().keys() | {"config", "step", "images"}
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= needed:
             raise UsageError(
                 f"{path}: not a checkpoint that train.py can continue; move it away, or start from "
                 "its weights with --init_from in another --out_dir"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lib.config import UsageError, did_you_mean
 from lib.images import EXTENSIONS, file_images, memory_images, reason
-from lib.machine import wait_on_hosts
+from lib.machine import wait_for_ranks
 from lib.shapes import COUNTS, shapes
 
 import numpy as np
@@ -58,7 +58,7 @@ def _torchvision_images(name, split, root, download):
         if download and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             for piece in splits[0] + splits[1]:
                 make(root, piece, download=True)
-        wait_on_hosts()  # one rank of each machine downloads, the others wait for it
+        wait_for_ranks()  # one rank of each machine downloads, the others wait for it
         pieces = [make(root, piece) for piece in splits[split != "train"]]
     except ImportError as error:
         raise UsageError(f"data={name}: torchvision needs: pip install {error.name}") from None

@@ -1,12 +1,11 @@
 """Weight files in and out: ours, DINO's, timm's, torchvision's and VMamba's."""
 
-import json
 import math
 from pathlib import Path
 
 from lib import machine
 from lib.checkpoint import read_checkpoint
-from lib.config import UsageError
+from lib.config import UsageError, run_config
 
 import torch
 
@@ -29,14 +28,12 @@ def load_backbone(path, part="teacher", ratio=None):
     """
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
-    config, beside = checkpoint.get("config"), _config_beside(path)
-    if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
-        config = beside
+    config = checkpoint.get("config")
+    if not isinstance(config, dict):
+        config = run_config(Path(path).parent) if Path(path).name == "backbone.pt" else {}
     arch, facts = _recognize(state, path, config.get("arch"))
-    if config.get("arch") != arch and config is not beside:
-        cause = f"its config says {config['arch']}, but its weights are of {arch}"
-        raise UsageError(f"{path}: {cause}; give another file")
-    config = config if config.get("arch") == arch else dict(arch=arch, **facts)
+    if config.get("arch") != arch:  # none, or another program's
+        config = dict(arch=arch, **facts)
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they have no split, but older files may say 0.8
     if ratio is not None and config.setdefault("ratio", ratio) != ratio:
@@ -49,15 +46,6 @@ def load_backbone(path, part="teacher", ratio=None):
         source = config.get("method", "third-party")
         print(f"loaded {path}: {source} {arch}, {millions:.1f} M parameters")
     return backbone.eval(), config
-
-
-def _config_beside(path):
-    """Return the config.json beside a run's backbone.pt; {} if there is none."""
-    try:
-        config = json.loads(Path(path).with_name("config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    return config if Path(path).name == "backbone.pt" and isinstance(config, dict) else {}
 
 
 def _backbone_weights(checkpoint, part, path):

@@ -201,6 +201,7 @@ def test_what_is_compiled_by_default(monkeypatch, fresh_trial):
     network = model.build_network(tiny_config())
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", refuse)
+        patch.setattr(compiled, "COMPILERS", {})
         assert compiled.compile_blocks([network], None, CPU) == (False, "")
         assert compiled.compile_blocks([network], False, GPU) == (False, "")
         resnet = model.build_network(tiny_config(arch="resnet18"))
@@ -417,7 +418,7 @@ def test_a_step_does_not_walk_through_the_modules_again(folder, monkeypatch):
             is_finite = run.clip_gradients()
         with Count() as update:
             run.step_optimizer(is_finite)
-    assert len(walks) == 1
+    assert not walks
     assert clipping.n < 15 and update.n < 20
 
 

@@ -407,7 +407,7 @@ def test_without_a_previous_one_a_damaged_checkpoint_is_an_error(steps, tmp_path
     RunDir(run, 80).save(1)
     path, content = checkpoint_of(run)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UsageError, match=r"ckpt\.pt: damaged .*; remove it to start again"):
+    with pytest.raises(UsageError, match=r"ckpt\.pt: damaged, .*; remove it to start again"):
         RunDir(run, 80).restore()
 
 

@@ -11,7 +11,7 @@ import os
 from contextlib import nullcontext
 
 from lib import collapse, compiled, data, machine, monitor, results, sources
-from lib.config import RENAMED, UsageError
+from lib.config import UsageError
 from lib.rundir import RunDir
 from lib.shapes import shapes
 
@@ -445,18 +445,25 @@ def test_simsiam_needs_its_stop_gradient(monkeypatch, one_thread, precision):
         (dict(method="simsiam", local_crops=2), "--local_crops=0"),
         (dict(method="ddcl", local_crops=2), "--local_crops=0"),
         (dict(method="ddcl", local_crops=0, orth="cross-entropy"), "use --orth=cosine or dot"),
+        (dict(method="ddcl", local_crops=0, orth_views="student"), "student: not for ddcl"),
+        (dict(method="simsiam", local_crops=0, orth_views="student"), "not for simsiam; remove"),
+        (dict(method="dino", orth_views="student"), "orth_views=student: not for dino; remove"),
     ],
 )
-def test_what_a_method_without_a_teacher_cannot_do_is_refused(options, message):
+def test_what_a_method_cannot_do_is_refused(options, message):
     with pytest.raises(UsageError, match=message):
         train.make_run(tiny_config(**options), 5, HERE)
 
 
-def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder):
+def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder, monkeypatch):
+    def without_ef(*given):
+        terms, means, logged = train.distil(*given)
+        return {"L_CL": terms["L_CL"]}, means, logged
+
+    monkeypatch.setitem(train.METHODS, "clever", (without_ef, True, "prototypes"))
     config = tiny_config()
     run = train.make_run(config, 5, HERE)
-    run.network.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(AssertionError, match=r"no loss term reaches extra\.weight"):
+    with pytest.raises(AssertionError, match=r"no loss term reaches head_ef\.mlp\.0\.weight"):
         train.train_step(run, 0, batch_of(sources.open_images(str(folder), "train"), config))
 
 
@@ -491,18 +498,13 @@ def test_collapse_metrics_take_lengths_and_directions_apart(folder):
         assert {"norm_ir", "std_proj_ir", "rank_proj_ir", "cos_ir"} <= set(first) and (
             "dot_ef" in first
         ) == (method != "dino")
-    shrunk, rotated = (
-        {**first, "dot_ef": 0.01, "lengths_ef": 0.1},
-        {"dot_ef": 0.01, "lengths_ef": 1.0},
-    )
+    shrunk = {**first, "dot_ef": 0.01, "lengths_ef": 0.1}
+    rotated = {"dot_ef": 0.01, "lengths_ef": 1.0}
     start = {"dot_ef": 0.1, "lengths_ef": 1.0}
-    assert (
-        collapse.share_of_lengths(start, shrunk) == pytest.approx(1)
-        and collapse.share_of_lengths(start, rotated) == 0
-    )
-    assert collapse.share_of_lengths(start, start) != collapse.share_of_lengths(
-        start, start
-    )  # nan: nothing has fallen
+    assert collapse.share_of_lengths(start, shrunk) == {"share_ef": pytest.approx(1)}
+    assert collapse.share_of_lengths(start, rotated) == {"share_ef": 0}
+    assert collapse.share_of_lengths(start, start) == {}  # nothing has fallen
+    assert collapse.share_of_lengths({"loss": 1.0}, first) == {}  # the log has lost its first line
 
 
 def test_collapse_metrics_take_the_temperature_of_the_step_also_after_a_restart(folder, tmp_path):
@@ -572,25 +574,19 @@ def test_weights_that_are_not_finite_never_replace_the_good_checkpoint(folder, t
         RunDir(run, 80).restore()
 
 
-@pytest.mark.parametrize("method", ["clever", "dino"])
-def test_a_checkpoint_with_the_old_option_names_continues(tmp_path, method):
-    config = tiny_config(method=method, out_dir=str(tmp_path), lambda_preg=0.5)
-    run = train.make_run(config, 5, HERE)
+def test_a_checkpoint_without_a_new_option_continues_with_its_default(tmp_path):
+    """And one with an option that there is no more is refused by its name."""
+    run = train.make_run(tiny_config(out_dir=str(tmp_path)), 5, HERE)
     RunDir(run, 80).save(3)
     checkpoint = state(tmp_path)
-    old = checkpoint["config"]
-    for before, now in RENAMED.items():
-        if now in old:
-            old[before] = old.pop(now)
-    del old["fused"]
-    old["ratio"] = 0.8
+    del checkpoint["config"]["fused"]
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    folder = RunDir(train.make_run(config, 5, HERE), 80)
+    folder = RunDir(run, 80)
     folder.restore()
     assert folder.step == 3
-    old["lam"] = 0.25
+    checkpoint["config"]["lam"] = 0.25
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(UsageError, match=r"lambda_preg=0\.25 there, 0\.5 here"):
+    with pytest.raises(UsageError, match=r"holds another run \(lam=0\.25 there, None here\)"):
         folder.restore()
 
 
