@@ -58,7 +58,7 @@ def distil(run, views, scale):
         center = run.centers[name] * (net is run.teacher)  # only the teacher's logits have one
         given = losses.PAIR_TERMS[kind], *pair, center, (config.student_temp, temp)
         compute = fused.prototype_loss if config.fused else fused.plain_loss
-        return compute(*given)  # -> loss, mean logits (K,), entropy of targets
+        return compute(*given, config.loss_chunk)  # -> loss, mean logits (K,), entropy of targets
 
     # L_CL: ir agrees between the views of an image
     terms["L_CL"], means["ir"], entropy = head_loss("cross-entropy", "ir")

@@ -35,7 +35,8 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None, group=None
 SYNONYMS = {"lam": "lambda_preg", "ema": "teacher_momentum", "momentum_teacher": "teacher_momentum",
             "model": "arch", "data_path": "data", "batch_size_per_gpu": "batch_size",
             "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "use_fp16": "precision",
-            "amp": "precision", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt"}
+            "amp": "precision", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt",
+            "clip": "clip_grad", "loss_images": "loss_chunk", "answers": "save_correct"}
 NOT_OPTIONS = {"revision", "device", "workers"}  # config.json: about that run's machine
 MUST_BE = {bool: "True or False", int: "of type int", float: "of type float and finite",
            str: "of type str", tuple: "a list of numbers, as 0.1,0.2; a list of one number: 0.1,"}
@@ -103,6 +104,7 @@ class Config:
     device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     precision: str = option("auto", "auto: bf16 if it is fast", choices=("auto", "bf16", "fp32"))
     fused: bool = option(True, "False: run the plain formulas of losses.py, to check them")
+    loss_chunk: int = option(0, "images with logits in memory at a time; 0: automatic", 0, 2**24)
     compile: bool = option(None, "torch.compile the backbone's blocks; None: only ViTs on a GPU")
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")
@@ -130,7 +132,8 @@ def configure(cls, argv, **choices):
     choices: option -> names of the table that it chooses from.
     """
     if "-h" in argv or "--help" in argv:
-        print(help_text(cls, **choices))
+        files = [a.removeprefix("--config=") for a in argv if a.endswith((".py", ".json"))]
+        print(help_text(cls, _read_file(cls, files[0]) if files else {}, **choices))
         raise SystemExit(0)
     given, files = {}, []
     rest = iter(argv)
@@ -178,18 +181,26 @@ def did_you_mean(name, names):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def help_text(cls, **choices):
-    """Return what --help prints: each option with its default, help and choices, by groups."""
+def help_text(cls, from_file=(), **choices):
+    """Return what --help prints: each option with its default, help and choices, by groups.
+
+    from_file: {option: value} of a config file; its values are shown, with a star.
+    """
+    from_file = dict(from_file)
     groups, group = {}, ""
     for field in dataclasses.fields(cls):
         group = field.metadata["group"] or group
         names = choices.get(field.name) or field.metadata["choices"]
         about = field.metadata["help"] + (f" ({', '.join(names)})" if names else "")
-        head = f"  --{field.name}={field.default}".ljust(33) + " "
+        value = from_file.get(field.name, field.default)
+        star = "" if value == field.default else " *"
+        head = f"  --{field.name}={value}{star}".ljust(33) + " "
         line = textwrap.fill(about, 100, initial_indent=head, subsequent_indent=" " * 34)
         groups[group] = groups.get(group, f"\n{group}") + f"\n{line}"
     usage = "Usage: [config.py | --config=out/x/config.json] [--key=value | --key value ...]"
-    return "\n".join([inspect.cleandoc(cls.__doc__), usage, *groups.values()])
+    about = [inspect.cleandoc(cls.__doc__), usage]
+    about += ["* set by the config file, not the default"] if from_file else []
+    return "\n".join([*about, *groups.values()])
 
 
 def _field(cls, name):
@@ -222,16 +233,6 @@ def _typed(field, value):
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UsageError(f"{field.name}={value!r:.60}: must be {MUST_BE[kind]}")
     return value
-
-
-def run_config(folder):
-    """Return the options in the config.json of a run's folder; {} if it has none."""
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            config = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _read_file(cls, path):

@@ -20,7 +20,7 @@ import losses
 CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**23}  # logits held at a time: 256 MB, 32 MB
 
 
-def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps):
+def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
     """Compute losses.pair_loss(term, layer(student), teacher_layer(teacher), center, *temps).
 
     Args:
@@ -28,16 +28,17 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps):
         student, teacher: unit vectors (V, B, d), (2, B, d) in front of the prototypes.
         layer, teacher_layer: model.WeightNormLinear, d -> K.
         center: (K,); temps: the student's and the teacher's temperature.
+        chunk: images whose logits are held at a time; 0: as many as fill CHUNK_ELEMENTS.
     Returns:
         the loss (its gradients serve one backward), the teacher's mean logits (K,), and its mean
         entropy in nats (ln K: uniform; 0: certain).
     """
     check_term(term)
-    given = (term, student, layer, teacher, teacher_layer, center, temps)
+    given = (term, student, layer, teacher, teacher_layer, center, temps, chunk)
     return or_eagerly("losses", student.device, lambda: _in_chunks(*given))
 
 
-def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps):
+def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chunk):
     V, B, _ = student.shape
     student_temp, teacher_temp = temps
     functions = (_teacher_side, _value)
@@ -46,7 +47,7 @@ def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps):
         prototypes = layer.prototypes()  # (K, d), differentiable: the weight norm's own backward
         with torch.no_grad():
             W = prototypes.detach()
-            chunk = max(1, CHUNK_ELEMENTS[student.device.type] // (V * len(W)))
+            chunk = chunk or max(1, CHUNK_ELEMENTS[student.device.type] // (V * len(W)))
             if student.is_cuda:  # chunks of one size are compiled once
                 chunk = math.ceil(B / math.ceil(B / chunk))
                 teacher_temp = torch.full((), teacher_temp, device=student.device)  # it warms up
@@ -113,7 +114,7 @@ def _differentiate(value_of, term, q, logits, scales):
     return total
 
 
-def plain_loss(term, student, layer, teacher, teacher_layer, center, temps):
+def plain_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
     """Compute what prototype_loss computes by the plain formulas, holding all logits (V, B, K)."""
     check_term(term)
     with torch.autocast(student.device.type, enabled=False):

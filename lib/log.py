@@ -1,4 +1,4 @@
-"""log.jsonl: each line is written whole or not at all."""
+"""The text files of a run: log.jsonl, each line written whole or not at all, and config.json."""
 
 import errno
 import json
@@ -32,3 +32,13 @@ def cut(path, step):
         with open(path + ".partial", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         os.replace(path + ".partial", path)
+
+
+def read_config(folder):
+    """Return the options in a folder's config.json as a dict; {} if it has none."""
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -15,14 +15,14 @@ from dataclasses import asdict
 
 from lib import boards, log, machine
 from lib.checkpoint import CHECKPOINT, PREVIOUS, Damaged, read_checkpoint, save_atomically, to_host
-from lib.config import Config, UsageError, run_config
+from lib.config import Config, UsageError
 from lib.results import revision
 
 import torch
 from tqdm import tqdm
 
 RESUME_OVERRIDABLE = {  # options that a continued run may change: results differ by rounding only
-    *("out_dir", "workers", "cache", "max_batch_per_gpu", "device", "compile"),
+    *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),
     *("scan", "log_every", "eval_every", "save_every", "save_every_epochs", "probe_at_end"),
     *("data_root", "download", "tensorboard", "wandb", "revision"),
 }
@@ -72,7 +72,7 @@ class RunDir:
         config = self.run.config
         path = self.path("config.json")
         now = revision()
-        there = run_config(config.out_dir)
+        there = log.read_config(config.out_dir)
         if self.step == 0 and os.path.exists(path):
             if not there:
                 raise UsageError(f"{path}: not the config.json of a run; choose another --out_dir")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lib import machine
 from lib.checkpoint import read_checkpoint
-from lib.config import UsageError, run_config
+from lib.config import UsageError
+from lib.log import read_config
 
 import torch
 
@@ -29,11 +30,14 @@ def load_backbone(path, part="teacher", ratio=None):
     checkpoint = read_checkpoint(path)
     state = _backbone_weights(checkpoint, part, path)
     config = checkpoint.get("config")
-    if not isinstance(config, dict):
-        config = run_config(Path(path).parent) if Path(path).name == "backbone.pt" else {}
+    beside = read_config(Path(path).parent) if Path(path).name == "backbone.pt" else {}
+    if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
+        config = beside
     arch, facts = _recognize(state, path, config.get("arch"))
-    if config.get("arch") != arch:  # none, or another program's
-        config = dict(arch=arch, **facts)
+    if config.get("arch") != arch and config is not beside:
+        cause = f"its config says {config['arch']}, but its weights are of {arch}"
+        raise UsageError(f"{path}: {cause}; give another file")
+    config = config if config.get("arch") == arch else dict(arch=arch, **facts)
     if config.get("method") in ("dino", "simsiam"):
         config["ratio"] = 1.0  # they have no split, but older files may say 0.8
     if ratio is not None and config.setdefault("ratio", ratio) != ratio:

@@ -200,6 +200,16 @@ def test_help_shows_every_option_with_its_text(capsys):
     assert headings == ["network", "loss", "views", "data", "optimization", "machine", "output"]
 
 
+def test_help_marks_what_the_config_file_sets(tmp_path, capsys):
+    (tmp_path / "c.py").write_text("lr, seed, blur = 0.1, 0, False\n")
+    with pytest.raises(SystemExit):
+        configure(Config, [str(tmp_path / "c.py"), "--help"], **CHOICES)
+    text = capsys.readouterr().out
+    assert "\n* set by the config file, not the default\n" in text
+    assert "  --lr=0.1 * " in text and "  --blur=False * " in text
+    assert "  --seed=0  " in text and text.count(" * ") == 2  # 0 is the default
+
+
 def test_an_evaluation_extends_the_shared_options():
     @dataclasses.dataclass
     class Extended(EvalConfig):

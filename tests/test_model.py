@@ -419,6 +419,10 @@ def test_what_is_not_a_backbone_is_refused_in_one_line(tmp_path, monkeypatch):
         "not weights": ([1, 2], "holds a list"),
         "empty": ({}, "not the weights"),
         "no such part": ({"teacher": vit}, "no part 'student'; give part='teacher'"),
+        "other arch": (
+            {"config": {"arch": "vit_tiny"}, "teacher": vit},
+            "its config says vit_tiny",
+        ),
     }
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / "file.pt")

@@ -47,7 +47,7 @@ ROOMS = {
     "lib/fused.py": (130, {"losses", "lib.compiled"}),
     "lib/siamese.py": (30, set()),
     "lib/scan_triton.py": (280, set()),
-    "lib/weights.py": (100, {"model", "lib.machine", "lib.checkpoint"}),
+    "lib/weights.py": (100, {"model", "lib.machine", "lib.checkpoint", "lib.log"}),
     "lib/machine.py": (150, {"lib.processor"}),
     "lib/rundir.py": (
         212,
@@ -156,6 +156,7 @@ NAMES = [
 ]
 # fmt: on
 THEIR_OWN = re.compile(r"wide_resnet\w*")  # a name of torchvision
+OLD_OPTIONS = {"lib/config.py": {"loss_images"}}  # SYNONYMS lists them
 
 
 def files(*patterns):
@@ -281,7 +282,7 @@ def test_the_method_is_read_in_one_sitting():
 def test_all_code_together():
     # resident images, the GPU work, view shares, boards, damaged files came
     # on top of 7,550
-    assert sum(map(length, CODE)) < 9700
+    assert sum(map(length, CODE)) < 9150
 
 
 # --- statements
@@ -401,7 +402,8 @@ def word_violations(file):
             found += IN_NAMES.findall(text)
         for word in found:
             line = token.start[0] + token.string[: token.string.find(word)].count("\n")
-            yield f"{file}:{line}: the word {word!r}: use a plain one"
+            if word not in OLD_OPTIONS.get(file, ()):
+                yield f"{file}:{line}: the word {word!r}: use a plain one"
 
 
 @pytest.mark.parametrize(
