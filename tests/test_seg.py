@@ -458,7 +458,7 @@ def test_davis_from_its_folders(ckpt, tmp_path, capsys):
     for part in ("full", "ir", "ef"):
         written = sorted((tmp_path / f"masks/clever_{part}/moves").iterdir())
         assert [path.name for path in written] == [f"{t:05}.png" for t in range(9)]
-        found = [torch.from_numpy(np.asarray(Image.open(path))) for path in written]
+        found = [torch.from_numpy(np.array(Image.open(path))) for path in written]
         assert all(
             Image.open(path).mode == "P" and mask.shape == truth.shape
             for path, mask, truth in zip(written, found, narrow_ids)
