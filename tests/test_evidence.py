@@ -307,10 +307,13 @@ def test_the_gradients_of_a_run_are_told(folder, tmp_path):
     assert 0 < found["H_ef"] <= found["ln K"]
 
 
-def test_the_gradients_of_docs_are_the_kept_ones():
-    lengths = json.loads((ROOT / "results" / "nano_shapes" / "gradients.json").read_text())
+@pytest.mark.parametrize(
+    "page, runs", [("results", "nano_shapes"), ("real_images", "nano_tinyin40")]
+)
+def test_the_gradients_of_docs_are_the_kept_ones(page, runs):
+    lengths = json.loads((ROOT / "results" / runs / "gradients.json").read_text())
     lines = list(gradients.table_lines(lengths))
-    text = (ROOT / "docs" / "results.md").read_text().splitlines()
+    text = (ROOT / "docs" / f"{page}.md").read_text().splitlines()
     assert len(lines) > 5
     for line in lines:
         assert line in text, line
