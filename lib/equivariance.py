@@ -300,7 +300,8 @@ def verdict(shares):
         for (ef, of_ef), (ir, of_ir) in pairs:
             low, high = interval(of_ef - of_ir)
             more = "more than" if low > 0 else "less than" if high < 0 else "about as much as"
-            found.append(f"{more} ir[:d_ef] ({100 * ef:.1f} and {100 * ir:.1f} %)")
+            values = " and ".join(f"{round(100 * x, 2):.1f}" for x in (ef, ir))  # as in the table
+            found.append(f"{more} ir[:d_ef] ({values} %)")
         lines.append(f"{row}: ef depends on the view {found[0]}; whitened, {found[1]}")
     return lines
 
