@@ -12,6 +12,7 @@ A task is an entry of TASKS.
 """
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ def open_task(config, trained, size):
     entry = TASKS[config.task]
     if entry.given and not config.data:
         raise UsageError(f"task={config.task}: give --data=FOLDER, {entry.given}")
+    if config.task == "cub200" and not os.path.exists(os.path.join(config.data, "images.txt")):
+        raise UsageError(f"data={config.data}: no images.txt of CUB in it; give {entry.given}")
     defaults = trained if entry.share < 1 else dict(data=entry.data)
     config.data, config.classes = evaluation.data_of(config, defaults)
     task = linear.class_task(config.task, config, size)

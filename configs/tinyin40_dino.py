@@ -6,4 +6,5 @@ python train.py configs/tinyin40_dino.py --data=/path/to/tinyin40
 from configs.tinyin40_clever import *
 
 method = "dino"
+orth = "cosine"  # unused by DINO; as in the runs of before
 out_dir = "out/tinyin40_dino"

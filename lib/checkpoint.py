@@ -94,6 +94,8 @@ def read_checkpoint(path):
             cause = "refused, because it could run code; "
             cause += "give a file that torch.load(weights_only=True) reads"
         raise UsageError(f"{path}: {cause}") from None
+    except MemoryError:
+        raise UsageError(f"{path}: does not fit into memory; free some") from None
     except Exception as error:  # a flipped bit can raise anything
         cause = f"damaged, or not a checkpoint ({type(error).__name__})"
     fix = "copy it again"

@@ -262,7 +262,9 @@ def one_crop(images, seeds, size, scale=None):
 
 def _view_samples(images, config, here):
     crops = partial(crop_views, config=config)
-    return _Samples(images, config.seed, crops, here.device, view_stream(here.device))
+    # of resident images only: a loading process may get a copy of this, and a stream has none
+    stream = None if images.pixels is None else view_stream(here.device)
+    return _Samples(images, config.seed, crops, here.device, stream)
 
 
 def train_loader(images, config, start, stop, here):

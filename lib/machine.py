@@ -84,6 +84,8 @@ def wait_for_ranks():
     So run_main ends the process instead.
     """
     if dist.is_initialized():
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # another rank may still need what the GPU computes
         dist.all_reduce(torch.zeros(1), group=_hosts)
 
 

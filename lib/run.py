@@ -1,5 +1,6 @@
 """What a training step works on: student, teacher, optimizer, centers."""
 
+import contextlib
 import copy
 import os
 
@@ -94,7 +95,7 @@ class Run:
 
         On a GPU this runs in a stream of its own, while the GPU still computes the step before.
         """
-        with torch.cuda.stream(self.stream):  # None: no effect
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             crops = [x.to(self.here.device, non_blocking=True) for x in batch[:2]]
             views = augment.augment_views(*crops, batch.seeds, self.recipe)
         if self.stream:

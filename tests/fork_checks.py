@@ -124,8 +124,7 @@ def a_pair_term(given):
     student, teacher = (F.normalize(torch.randn(v, 6, 16), dim=-1) for v in (4, 2))
     student.requires_grad_()
     layers = [model.WeightNormLinear(16, 64) for _ in range(2)]
-    rest = (teacher, layers[1], torch.zeros(64), (0.1, 0.04))
-    fused.CHUNK_ELEMENTS["cpu"] = 2 * 4 * 64  # two images at a time
+    rest = (teacher, layers[1], torch.zeros(64), (0.1, 0.04), 2)
     found = []
     for compute in (fused.prototype_loss, fused.plain_loss):
         loss, *_ = compute(losses.PAIR_TERMS["overlap"], student, layers[0], *rest)

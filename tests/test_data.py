@@ -220,6 +220,9 @@ def test_images_can_be_sent_to_workers_of_any_kind(folder, tmp_path):
     for some in (images, limited, cached, shapes("train", 32, 4)):
         again = pickle.loads(pickle.dumps(some))
         assert torch.equal(again.read(1), some.read(1)) and again.name(1) == some.name(1)
+    on_a_gpu = HERE._replace(device=torch.device("cuda"))  # there is none: no stream is made
+    samples = data._view_samples(images, tiny_config(), on_a_gpu)
+    assert samples.stream is None and pickle.loads(pickle.dumps(samples)).seed == 0
 
 
 def test_folders(folder, tmp_path):

@@ -127,12 +127,6 @@ def test_losses_of_two_views_and_their_gradients_are_the_formulas(kind, sign):
     assert given.grad is None  # the gradient stops there
 
 
-def hold(elements, monkeypatch, device="cpu"):
-    """Let the fused loss hold so many logits at a time; 0: as many as usual."""
-    if elements:
-        monkeypatch.setitem(fused.CHUNK_ELEMENTS, device, elements)
-
-
 def layers_and_units(views):
     """Prototypes of any length and gain, unit vectors (views, B, 4), (2, B, 4), a center."""
     generator = torch.Generator().manual_seed(0)
@@ -149,15 +143,14 @@ def layers_and_units(views):
 @pytest.mark.parametrize("views", [2, V])
 @pytest.mark.parametrize("kind", ["cross-entropy", "dot", "cosine"])
 @pytest.mark.parametrize("compute", [fused.prototype_loss, fused.plain_loss])
-def test_a_loss_with_its_last_layers_is_the_reference(compute, kind, views, chunk, monkeypatch):
+def test_a_loss_with_its_last_layers_is_the_reference(compute, kind, views, chunk):
     """Value, gradients by unit vectors and prototypes, the teacher's mean and entropy."""
-    hold(chunk * views * K, monkeypatch)
     layer, teacher_layer, student, teacher, center = layers_and_units(views)
     fast = student.clone().requires_grad_()
     slow = student.double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):  # which must not reach the logits
         got, mean, entropy = compute(
-            losses.PAIR_TERMS[kind], fast, layer, teacher, teacher_layer, center, (0.1, 0.04)
+            losses.PAIR_TERMS[kind], fast, layer, teacher, teacher_layer, center, (0.1, 0.04), chunk
         )
     (3 * got).backward()
 
@@ -190,15 +183,16 @@ def test_every_pair_term_is_one_number_an_image_with_autograds_gradient(kind):
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-def test_a_new_pair_term_has_its_own_gradient_through_the_fused_loss(chunk, monkeypatch):
+def test_a_new_pair_term_has_its_own_gradient_through_the_fused_loss(chunk):
     """Equal to all logits at once; a copy of `dot` that is squared must not train as `dot`."""
-    hold(chunk * V * K, monkeypatch)
     gradients = {}
     for name, term in (("squares", squares), ("dot", losses.dot)):
         for compute in (fused.prototype_loss, fused.plain_loss):
             layer, teacher_layer, student, teacher, center = layers_and_units(V)
             student.requires_grad_()
-            loss, *_ = compute(term, student, layer, teacher, teacher_layer, center, (0.1, 0.04))
+            loss, *_ = compute(
+                term, student, layer, teacher, teacher_layer, center, (0.1, 0.04), chunk
+            )
             loss.backward()
             gradients[name, compute] = loss.detach(), student.grad, layer.weight_v.grad
         torch.testing.assert_close(
@@ -285,11 +279,11 @@ def compiled_by(monkeypatch):
     torch._dynamo.reset()
 
 
-def loss_and_gradients(term, teacher_temp=0.04):
+def loss_and_gradients(term, chunk, teacher_temp=0.04):
     layer, teacher_layer, student, teacher, center = layers_and_units(V)
     student.requires_grad_()
     temps = 0.1, teacher_temp
-    given = term, student, layer, teacher, teacher_layer, center, temps
+    given = term, student, layer, teacher, teacher_layer, center, temps, chunk
     loss, mean, entropy = fused.prototype_loss(*given)
     (3 * loss).backward()
     return [loss.detach(), mean, entropy, student.grad, layer.weight_v.grad]
@@ -303,14 +297,13 @@ def assert_equal(results, expected):
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("term", [*losses.PAIR_TERMS.values(), squares])
 @pytest.mark.slow
-def test_a_compiled_loss_is_the_eager_one(term, chunk, compiled_by, capsys, monkeypatch):
+def test_a_compiled_loss_is_the_eager_one(term, chunk, compiled_by, capsys):
     """The teacher's temperature is another at each step: no reason to compile anew."""
-    hold(chunk * V * K, monkeypatch)
     temps = [0.04, 0.05, 0.06, 0.07]
-    expected = [loss_and_gradients(term, temp) for temp in temps]
+    expected = [loss_and_gradients(term, chunk, temp) for temp in temps]
     compiled_by("aot_eager")
     for temp, wanted in zip(temps, expected):
-        assert_equal(loss_and_gradients(term, temp), wanted)
+        assert_equal(loss_and_gradients(term, chunk, temp), wanted)
     assert capsys.readouterr().out == "" and not compiled.EAGER
 
 
@@ -333,10 +326,8 @@ def test_a_compiled_term_saves_no_large_tensor_but_its_inputs(term, compiled_by)
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
 def test_a_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once(
-    fails_in, compiled_by, capsys, monkeypatch
+    fails_in, compiled_by, capsys
 ):
-    hold(2 * V * K, monkeypatch)
-
     def refuse(graph, inputs):
         raise RuntimeError("no compiler\nand more lines")
 
@@ -345,10 +336,10 @@ def test_a_loss_that_cannot_be_compiled_runs_eagerly_and_says_so_once(
             return refuse(graph, inputs)
         return aot_autograd(fw_compiler=nop, bw_compiler=refuse)(graph, inputs)
 
-    expected = loss_and_gradients(losses.dot)
+    expected = loss_and_gradients(losses.dot, 2)
     compiled_by(backend)
     for _ in range(2):
-        for got, wanted in zip(loss_and_gradients(losses.dot), expected):
+        for got, wanted in zip(loss_and_gradients(losses.dot, 2), expected):
             assert torch.equal(got, wanted)
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("losses are not compiled: ") and "no compiler" in line
@@ -389,13 +380,14 @@ def test_traffic_of_a_head_that_is_not_compiled(kind, eager, monkeypatch):
     Compiled 4.3, 4.7 and 5.7, by the kernels that inductor writes for an A100.
     """
     monkeypatch.setattr(fused, "check_term", lambda term: None)  # it looks at values
-    hold(64 * 10 * 65536, monkeypatch)
     with FakeTensorMode():
         layers = [WeightNormLinear(256, 65536) for _ in range(2)]
         student, teacher = torch.empty(10, 128, 256), torch.empty(2, 128, 256)
         pair = student.requires_grad_(), layers[0], teacher, layers[1]
         with Traffic() as traffic:
-            fused.prototype_loss(losses.PAIR_TERMS[kind], *pair, torch.empty(65536), (0.1, 0.04))
+            fused.prototype_loss(
+                losses.PAIR_TERMS[kind], *pair, torch.empty(65536), (0.1, 0.04), 64
+            )
     assert traffic.total / 1e9 == pytest.approx(eager, rel=0.02)
 
 
@@ -407,8 +399,7 @@ def test_a_loss_compiled_for_a_gpu_is_the_eager_one(term, monkeypatch):
     student, teacher = [torch.nn.functional.normalize(x, dim=-1).cuda() for x in units]
     torch.manual_seed(0)
     layers = [WeightNormLinear(64, 8192).cuda() for _ in range(2)]
-    given = layers[0], teacher, layers[1], torch.zeros(8192, device="cuda"), (0.1, 0.04)
-    hold(8 * 10 * 8192, monkeypatch, "cuda")
+    given = layers[0], teacher, layers[1], torch.zeros(8192, device="cuda"), (0.1, 0.04), 8
     results = []
     for backends in (["inductor"], []):
         monkeypatch.setattr(compiled, "COMPILERS", dict(zip(["cuda"], backends)))
