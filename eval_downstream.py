@@ -114,6 +114,7 @@ class Entry(NamedTuple):
     options: tuple = ()  # those of TASK_OPTIONS that it reads
     data: str = ""  # the default of --data
     given: str = ""  # what --data must be, if there is no default
+    holds: str = ""  # a file that must lie in it
     share: float = 1.0  # of the training images that keep their labels; less: the checkpoint's data
     ask: Callable | None = None  # (Task, config) -> Task; None: the class of clean images
     mode: str = "finetune"
@@ -123,7 +124,7 @@ FOLDER = ("data", "classes")
 TASKS = {
     "semi1": Entry((*FOLDER, "subset_list"), share=0.01),
     "semi10": Entry((*FOLDER, "subset_list"), share=0.1),
-    "cub200": Entry(("data",), given="the unpacked archive CUB_200_2011"),
+    "cub200": Entry(("data",), given="the unpacked archive CUB_200_2011", holds="images.txt"),
     "flowers102": Entry(data="flowers102"),
     "food101": Entry(data="food101"),
     "pets": Entry(data="pets"),
@@ -141,8 +142,8 @@ def open_task(config, trained, size):
     entry = TASKS[config.task]
     if entry.given and not config.data:
         raise UsageError(f"task={config.task}: give --data=FOLDER, {entry.given}")
-    if config.task == "cub200" and not os.path.exists(os.path.join(config.data, "images.txt")):
-        raise UsageError(f"data={config.data}: no images.txt of CUB in it; give {entry.given}")
+    if entry.holds and not os.path.exists(os.path.join(config.data, entry.holds)):
+        raise UsageError(f"data={config.data}: no {entry.holds} in it; give {entry.given}")
     defaults = trained if entry.share < 1 else dict(data=entry.data)
     config.data, config.classes = evaluation.data_of(config, defaults)
     task = linear.class_task(config.task, config, size)

@@ -10,7 +10,8 @@ Target (authors' README, 200 epochs, linear top-1, Orig / CJ+Ro): 75.7 / 73.6.
 Other backbones and recipes, one option each:
     --arch=vit_tiny 68.7 / 66.0    --arch=resnet18 74.2 / 71.3    --arch=resnet50 79.1 / 77.7
     --recipe=baug (vit_small) 76.7 / 50.4
-As in the paper's text, whose table our copy lacks: --optimizer=sgd --lr=1e-3 --epochs=500.
+The paper's text has 500 epochs of SGD: --optimizer=sgd --lr=1e-3 --epochs=500. Its table is not in
+our copy, so there is no target.
 """
 
 data = "data/imagenet"

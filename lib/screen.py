@@ -1,6 +1,5 @@
 """What you see before a run trains: the first screen and views.png."""
 
-import textwrap
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -19,9 +18,11 @@ import augment
 def first_screen(run, step, train_set):
     """Return the first screen: what will be trained, on which data, and how."""
     config, here = run.config, run.here
-    lines = [f"revision {revision() or 'unknown'}; options other than the defaults:"]
-    how = dict(width=100, break_long_words=False, break_on_hyphens=False)
-    lines += textwrap.wrap("  ".join(changed_options(config)), **how)
+    lines = [f"revision {revision() or 'unknown'}; options other than the defaults:", ""]
+    for option in changed_options(config):
+        if len(lines[-1]) + len(option) > 98:
+            lines.append("")
+        lines[-1] += option + "  "
     backbone, network = (
         sum(p.numel() for p in net.parameters()) / 1e6
         for net in (run.network.backbone, run.network)

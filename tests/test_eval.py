@@ -658,7 +658,7 @@ DOWNSTREAM_MISTAKES = [
     ("--ckpt={clever} --task=folder", "give --data=FOLDER"),
     ("--ckpt={clever} --task=pets --data_root=/nowhere", "use --download=True"),
     ("--ckpt={clever} --task=cub200", "unpacked archive"),
-    ("--ckpt={clever} --task=cub200 --data={folder}", "no images.txt of CUB"),
+    ("--ckpt={clever} --task=cub200 --data={folder}", "no images.txt in it"),
     ("--ckpt={clever} --task=pets --data={folder}", "remove it"),
     ("--ckpt={clever} --task=folder --subset_list=x", "remove it"),
     ("--ckpt={clever} --task=folder --degrees=30 --data={folder}", "degrees=30.0: not for"),

@@ -52,15 +52,14 @@ def lengths_of(saved):
     last = saved["step"] - 1
     batch = next(iter(data.train_loader(images, config, last, last + 1, here)))
     terms, _, logged = train.distil(run, run.views(batch), None)
-    trained = {name: p for name, p in run.network.named_parameters() if p.requires_grad}
     found = {}
     for term, value in terms.items():
         weight = getattr(config, train.WEIGHTS[term]) if term in train.WEIGHTS else 1.0
         loss = weight * value
         how = dict(retain_graph=True, materialize_grads=True)
-        gradients = torch.autograd.grad(loss, list(trained.values()), **how)
+        gradients = torch.autograd.grad(loss, list(run.trained.values()), **how)
         squares = dict.fromkeys(PARTS, 0.0)
-        for name, gradient in zip(trained, gradients):
+        for name, gradient in zip(run.trained, gradients):
             squares[name.split(".")[0]] += gradient.square().sum().item()
         found[term] = dict(value=value.item()) | {part: x**0.5 for part, x in squares.items()}
     if "H_ef" in logged:
