@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from lib.compiled import run_compiled
 from lib.pixels import adjust_hue, blur, elastic_displacement, gray, solarize, transform_each
-from lib.rng import copy_packed, fork, sample_seeds, uniforms
+from lib.processor import copy_packed
+from lib.rng import fork, sample_seeds, uniforms
 
 import torch
 import torch.nn.functional as F

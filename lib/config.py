@@ -11,10 +11,10 @@ import difflib
 import inspect
 import json
 import math
-import os
 import runpy
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -49,14 +49,13 @@ class Config:
     method: str = option("clever", "dino: no split; ddcl, simsiam: no teacher", group="network")
     arch: str = option("vit_small", "backbone")
     patch_size: int = option(16, "side of a patch in pixels, ViT only", 1, 1024)
-    stem: str = option("auto", "ResNet only; small: 3x3, stride 1, no pooling, as is usual for "
-                       "CIFAR; auto: small up to 64 px", choices=("auto", "imagenet", "small"))
+    stem: str = option("auto", "of a ResNet; small: 3x3, stride 1, no pooling; auto: small up to "
+                       "64 px", choices=("auto", "imagenet", "small"))
     ratio: float = option(0.8, "ir's share of the dimensions, ef has the rest", 0.001, 0.999)
     out_dim: int = option(65536, "prototypes K of the head (clever, dino)", 2, 2**24)
     out_dim_ef: int = option(0, "K of the ef head; 0: same as out_dim", 2, 2**24)
     head_hidden: int = option(2048, "width of the head's MLP", 1, 2**20)
-    head_bottleneck: int = option(256, "dimensions before the prototypes; simsiam, ddcl: in the "
-                                  "predictor", 1, 2**20)
+    head_bottleneck: int = option(256, "width before the prototypes, or of a predictor", 1, 2**20)
     drop_path: float = option(0.1, "stochastic depth of the student; ViT and VMamba only", 0, 0.99)
     init_from: str = option("", "weight file to start a NEW schedule from: ours or third-party")
     alpha: float = option(1.0, "weight of L_CL", group="loss")
@@ -84,8 +83,7 @@ class Config:
     data_root: str = option("data", "folder of torchvision's data sets")
     download: bool = option(False, "download a torchvision data set that is missing")
     classes: str = option("", "file with one class (folder) name per line: use only these")
-    workers: int = option(None, "loading processes per rank; None: this machine's cores per rank, "
-                          "less one, at most 16", 0, 512)
+    workers: int = option(None, "loading processes a rank; None: its cores - 1, at most 16", 0, 512)
     cache: str = option("auto", "auto: keep small images of one size (CIFAR) on the device; "
                         "ram: keep all decoded images in memory", choices=("auto", "ram", "off"))
     epochs: int = option(200, "passes over the training images", 1, 10**6, group="optimization")
@@ -109,8 +107,7 @@ class Config:
     scan: str = option("auto", "VMamba's scan", choices=("auto", "triton", "torch", "loop"))
     out_dir: str = option("out/run", "folder of the run", group="output")
     log_every: int = option(10, "steps between lines of log.jsonl", 1, 10**9)
-    eval_every: int = option(10, "epochs between evaluations (kNN, collapse metrics); 0: only at "
-                             "the end", 0, 10**6)
+    eval_every: int = option(10, "epochs between evaluations; 0: only at the end", 0, 10**6)
     probe_at_end: bool = option(False, "finish with the table of kNN and ridge probes")
     save_every: int = option(0, "also save every so many steps; 0: off", 0, 10**9)
     save_every_epochs: int = option(1, "epochs between checkpoints; the end saves too", 1, 10**6)
@@ -151,8 +148,7 @@ def configure(cls, argv, **choices):
         else:
             files.append(text)
     if len(files) > 1:
-        both = " and ".join(files[:2])
-        raise UsageError(f"{both}: give one config file; write all else as --key=value")
+        raise UsageError(f"{', '.join(files[:2])}: give one config file, the rest as --key=value")
     config = cls(**{**(_read_file(cls, files[0]) if files else {}), **given})
     check(config, **choices)
     return config
@@ -242,22 +238,16 @@ def _read_file(cls, path):
     """
     if not path.endswith((".py", ".json")):
         raise UsageError(f"{path}: neither a config file (.py, .json) nor --key=value")
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise UsageError(f"{path}: No such file; ready config files are in configs/")
     try:
         if path.endswith(".py"):
             names = runpy.run_path(path)
         else:
-            with open(path) as file:
-                names = dict(json.load(file))
-            for name in NOT_OPTIONS & names.keys():
-                del names[name]
-            if names.get("ratio") == 1.0:  # of a method without ef
-                del names["ratio"]
+            names = dict(json.loads(Path(path).read_text()))
+            without = NOT_OPTIONS | ({"ratio"} if names.get("ratio") == 1.0 else set())  # no ef
+            names = {name: value for name, value in names.items() if name not in without}
     except Exception as error:
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from None
-    options = {}
-    for name, value in names.items():
-        if not name.startswith("_") and not inspect.ismodule(value):
-            options[name] = _typed(_field(cls, name), value)
-    return options
+    own = {n: v for n, v in names.items() if not n.startswith("_") and not inspect.ismodule(v)}
+    return {name: _typed(_field(cls, name), value) for name, value in own.items()}

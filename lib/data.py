@@ -23,9 +23,9 @@ from lib.images import decode as decode
 from lib.images import reason as reason
 from lib.images import subset as subset
 from lib.pixels import transform_each
-from lib.processor import local_ranks, view_stream
+from lib.processor import local_ranks, to_device, view_stream
 from lib.resident import place
-from lib.rng import fork, sample_seeds, to_device
+from lib.rng import fork, sample_seeds
 from lib.sources import open_images
 
 import numpy as np

@@ -1,13 +1,14 @@
 """What all evaluations start from: options, models and their parts, data."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lib import machine, sources
 from lib.config import Config, UsageError, option
 from lib.features import part_slices
-from lib.results import results_folder
+from lib.results import read_results
 from lib.weights import load_backbone
 
 import torch
@@ -72,6 +73,15 @@ def start(config):
     size = config.img_size or trained["img_size"]
     check_divisible(models[0].backbone, arch, img_size=size)
     return here, models, trained, size, results_folder(config)
+
+
+def results_folder(config):
+    """Return the folder for results.json: config.out, or that of config.ckpt. It is writable."""
+    out = config.out or os.path.dirname(config.ckpt) or "."
+    if not os.path.isdir(out) or not os.access(out, os.W_OK):
+        raise UsageError(f"{out}: no such folder, or not writable; give another --out=FOLDER")
+    read_results(os.path.join(out, "results.json"))
+    return out
 
 
 def open_models(config, here):

@@ -3,8 +3,7 @@
 With K = 65536 prototypes and ten views the logits (V, B, K) fill gigabytes. Here they exist for one
 chunk of images at a time. Inside a chunk autograd differentiates the plain pair term; the gradients
 of the unit vectors and of the normalized prototypes are added up over the chunks. The result equals
-losses.pair_loss of all logits, for ANY pair term (tests/test_losses.py). On a GPU torch.compile
-fuses the passes over the logits.
+losses.pair_loss of all logits, for ANY pair term. On a GPU torch.compile fuses what reads logits.
 """
 
 import functools
@@ -23,15 +22,10 @@ CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**23}  # logits held at a time: 256 MB,
 def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, chunk=0):
     """Compute losses.pair_loss(term, layer(student), teacher_layer(teacher), center, *temps).
 
-    Args:
-        term: a pair term as in losses.PAIR_TERMS: (q (B, K), s (B, K)) -> (B,).
-        student, teacher: unit vectors (V, B, d), (2, B, d) in front of the prototypes.
-        layer, teacher_layer: model.WeightNormLinear, d -> K.
-        center: (K,); temps: the student's and the teacher's temperature.
-        chunk: images whose logits are held at a time; 0: as many as fill CHUNK_ELEMENTS.
-    Returns:
-        the loss (its gradients serve one backward), the teacher's mean logits (K,), and its mean
-        entropy in nats (ln K: uniform; 0: certain).
+    term: of losses.PAIR_TERMS. student (V, B, d), teacher (2, B, d): unit vectors in front of the
+    prototypes. layer, teacher_layer: model.WeightNormLinear, d -> K. center (K,). temps: student's,
+    teacher's. chunk: images whose logits are held at a time; 0: as many as fill CHUNK_ELEMENTS.
+    Returns the loss, the teacher's mean logits (K,), its mean entropy in nats (ln K: uniform).
     """
     check_term(term)
     given = (term, student, layer, teacher, teacher_layer, center, temps, chunk)
@@ -41,8 +35,8 @@ def prototype_loss(term, student, layer, teacher, teacher_layer, center, temps, 
 def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chunk):
     V, B, _ = student.shape
     student_temp, teacher_temp = temps
-    functions = (_teacher_side, _value)
-    teacher_side, value_of = (compiled("losses", f, student.device) for f in functions)
+    teacher_side = compiled("losses", _teacher_side, student.device)
+    value_of = compiled("losses", _value, student.device)
     with torch.autocast(student.device.type, enabled=False):
         prototypes = layer.prototypes()  # (K, d), differentiable: the weight norm's own backward
         with torch.no_grad():
@@ -53,20 +47,23 @@ def _in_chunks(term, student, layer, teacher, teacher_layer, center, temps, chun
                 teacher_temp = torch.full((), teacher_temp, device=student.device)  # it warms up
             grad_student = torch.empty_like(student)
             grad_W = torch.zeros_like(W)
-            loss = entropy = teacher_sum = 0
+            sums = []  # of each chunk: of the loss, of the teacher's logits, of its entropy
             for at in range(0, B, chunk):
                 u = student[:, at : at + chunk].flatten(0, 1)  # (V b, d)
                 t = teacher_layer(teacher[:, at : at + chunk].flatten(0, 1)).unflatten(0, (2, -1))
-                q, *sums = teacher_side(t, center, teacher_temp)
-                teacher_sum = teacher_sum + sums[0]
-                entropy = entropy + sums[1]
+                q, *of_teacher = teacher_side(t, center, teacher_temp)
                 logits = F.linear(u, W).unflatten(0, (V, -1))  # (V, b, K)
-                scales = student_temp, B * (2 * V - 2)
-                loss = loss + _differentiate(value_of, term, q, logits, scales)
+                value = _differentiate(value_of, term, q, logits, (student_temp, B * (2 * V - 2)))
+                sums.append((value, *of_teacher))
                 gradient = logits.flatten(0, 1)
                 grad_student[:, at : at + chunk] = (gradient @ W).unflatten(0, (V, -1))
                 grad_W.addmm_(gradient.T, u)
-        loss = _PrecomputedGrad.apply(loss, grad_student, grad_W, student, prototypes)
+            loss, teacher_sum, entropy = (sum(x) for x in zip(*sums))
+        # a number whose gradients are those added up; minus itself it leaves the loss as it is
+        by_student = torch.dot(student.flatten(), grad_student.flatten())
+        by_prototypes = torch.dot(prototypes.flatten(), grad_W.flatten())
+        known = by_student + by_prototypes
+        loss = loss + (known - known.detach())
     return loss, teacher_sum / (2 * B), entropy / (2 * B)
 
 
@@ -122,21 +119,3 @@ def plain_loss(term, student, layer, teacher, teacher_layer, center, temps, chun
         loss = losses.pair_loss(term, layer(student), t, center, *temps)
         q = losses.teacher_probabilities(t, center, temps[1])
     return loss, t.mean((0, 1)), torch.special.entr(q).sum(-1).mean()
-
-
-class _PrecomputedGrad(torch.autograd.Function):
-    """Return a value whose gradients by student and prototypes are known already."""
-
-    @staticmethod
-    def forward(ctx, value, grad_student, grad_prototypes, student, prototypes):
-        ctx.gradients = grad_student, grad_prototypes
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, outer):
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of prototype_loss serve one backward only")
-        grad_student, grad_prototypes = ctx.gradients
-        ctx.gradients = None  # they are large
-        return None, None, None, grad_student.mul_(outer), grad_prototypes.mul_(outer)

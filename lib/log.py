@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 
 def append(path, numbers):
@@ -17,6 +18,12 @@ def append(path, numbers):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def replace(path, text):
+    """Write a text file so that `path` always holds the old one or the new one, whole."""
+    Path(f"{path}.partial").write_text(text)
+    os.replace(f"{path}.partial", path)
+
+
 def records(path):
     """Return the lines as dicts; [] if there is no file."""
     if not os.path.exists(path):
@@ -29,9 +36,7 @@ def cut(path, step):
     """Drop the lines of steps after `step`, which will be done again; at step 0 all of them."""
     if os.path.exists(path):
         lines = [r for r in records(path) if r["step"] <= step and step]
-        with open(path + ".partial", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(path + ".partial", path)
+        replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_config(folder):

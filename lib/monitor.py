@@ -68,15 +68,10 @@ class Monitor:
                 f"{run.config.out_dir} is finished: nothing to train. To train longer, set "
                 "--epochs and another --out_dir: --epochs changes the whole schedule"
             )
-        self.bar = tqdm(
-            total=run.total,
-            initial=step,
-            disable=not run.here.is_main or step == run.total,
-            unit="step",
-            smoothing=0.1,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        seconds = 0.5 if sys.stderr.isatty() else 30
+        look = dict(unit="step", smoothing=0.1, dynamic_ncols=True, mininterval=seconds)
+        is_off = not run.here.is_main or step == run.total
+        self.bar = tqdm(total=run.total, initial=step, disable=is_off, **look)
         self.since = time.perf_counter()
 
     def watch(self, batches):

@@ -1,4 +1,4 @@
-"""What the processor can do: choose the device and how it computes, keep freed memory."""
+"""The processor, a CPU or a GPU: which one, how it computes, how numbers get there."""
 
 import contextlib
 import ctypes
@@ -91,6 +91,24 @@ def view_stream(device):
     So a GPU makes the next batch's views while the step before still runs.
     """
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def to_device(device, values):
+    """Move numbers drawn on the CPU to `device`; to a GPU through pinned memory, without a wait."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def copy_packed(device, tensors):
+    """Move a dict of small CPU tensors to `device` in one copy -> the same dict there."""
+    if not tensors:
+        return {}
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each is aligned
+    parts = [tensors[name].flatten().view(torch.uint8) for name in names]
+    there = to_device(device, torch.cat(parts)).split([len(part) for part in parts])
+    moved = {}
+    for name, part in zip(names, there):
+        moved[name] = part.view(tensors[name].dtype).view(tensors[name].shape)
+    return moved
 
 
 @functools.cache

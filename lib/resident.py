@@ -11,8 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from lib.images import free_memory, map_images, read_or_reason
-from lib.processor import exact_fp32
-from lib.rng import to_device
+from lib.processor import exact_fp32, to_device
 
 import torch
 from tqdm import tqdm

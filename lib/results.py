@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-from lib import machine
+from lib import log, machine
 from lib.checkpoint import digest, digest_of_weights
 from lib.config import UsageError
 
@@ -45,8 +45,8 @@ def unpack_correct(text, n):
 def table_lines(rows):
     """Yield the lines of a table, for the screen and docs/; over several seeds mean ± std.
 
-    A column is a metric. If rows have a classifier, it is beside the dims and a column is a test.
-    Rows with an interval, of equivariance.py, have two more tables: shares and parameters by test.
+    A column is a metric; where rows have a classifier, a test. Rows with an interval, of
+    equivariance.py, have two more tables: shares and parameters by test.
     """
     on_views = [row for row in rows if "interval" in row]
     main = [row for row in rows if "interval" not in row or row["test"] == "all"]
@@ -84,15 +84,6 @@ def _mean_and_std(values):
     return f"{statistics.mean(values):.1f}{std}" if values else ""
 
 
-def results_folder(config):
-    """Return the folder for results.json: config.out, or that of config.ckpt. It is writable."""
-    out = config.out or os.path.dirname(config.ckpt) or "."
-    if not os.path.isdir(out) or not os.access(out, os.W_OK):
-        raise UsageError(f"{out}: no such folder, or not writable; give another --out=FOLDER")
-    read_results(os.path.join(out, "results.json"))
-    return out
-
-
 def read_results(path):
     """Return the list of evaluations in the JSON file `path`; [] if it does not exist."""
     try:
@@ -125,18 +116,15 @@ def append_results(path, task, protocol, seconds, rows):
     date = datetime.datetime.now().isoformat(timespec="seconds")
     run = dict(task=task, protocol=protocol, commit=revision(), date=date)
     runs.append(run | dict(seconds=round(seconds, 1), rows=rows))
-    with open(f"{path}.partial", "w") as file:
-        json.dump(runs, file, indent=1)
-    os.replace(f"{path}.partial", path)
+    log.replace(path, json.dumps(runs, indent=1))
 
 
 def protocol_of(config, models, task, size, here):
     """Return what results.json tells of an evaluation: options, weights, how many images."""
     facts = dict(task=task.name, img_size=size, precision=here.precision)
-    facts["arch"] = models[-1].trained["arch"]
-    facts["weights"] = {model.row: digest_of_weights(model.backbone) for model in models}
-    counts = dict(classes_n=task.n_classes, train_n=len(task.train), test_n=len(task.test))
-    return asdict(config) | facts | counts
+    facts |= dict(classes_n=task.n_classes, train_n=len(task.train), test_n=len(task.test))
+    weights = {model.row: digest_of_weights(model.backbone) for model in models}
+    return asdict(config) | facts | dict(arch=models[-1].trained["arch"], weights=weights)
 
 
 def finish(state, protocol, seconds, rows, more=()):

@@ -59,21 +59,3 @@ def noise(seeds, n):
     # seeds + _GOLDEN * counts. Of a product of counters alone torch.compile's kernels keep 32 bits.
     h = _mix((seeds[..., None] * _INVERSE + counts) * _GOLDEN)
     return h.contiguous().view(torch.int16)[..., :n].float() / (1 << 15)
-
-
-def to_device(device, values):
-    """Move numbers drawn on the CPU to `device`; to a GPU through pinned memory, without a wait."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
-
-
-def copy_packed(device, tensors):
-    """Move a dict of small CPU tensors to `device` in one copy -> the same dict there."""
-    if not tensors:
-        return {}
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each is aligned
-    parts = [tensors[name].flatten().view(torch.uint8) for name in names]
-    there = to_device(device, torch.cat(parts)).split([len(part) for part in parts])
-    moved = {}
-    for name, part in zip(names, there):
-        moved[name] = part.view(tensors[name].dtype).view(tensors[name].shape)
-    return moved

@@ -120,7 +120,7 @@ class Run:
         u = rng.uniforms(rng.fork(seeds, "drop_path", index=index), 2 * depth)  # (V, B, .)
         rates = torch.linspace(0, backbone.drop_path, depth)[:, None]
         scales = (u.unflatten(-1, (depth, 2)) >= rates) / (1 - rates)
-        return rng.to_device(views[0].device, scales).split(sizes)
+        return processor.to_device(views[0].device, scales).split(sizes)
 
     @torch.no_grad()
     def clip_gradients(self):

@@ -55,10 +55,8 @@ class RunDir:
         folder.restore()
         step = torch.tensor(float(folder.step), device=run.here.device)
         if machine.mean_over_ranks(step) != folder.step:
-            raise UsageError(
-                f"out_dir={run.config.out_dir}: the machines see different checkpoints in it; "
-                "give a folder that all machines share"
-            )
+            cause = f"out_dir={run.config.out_dir}: the machines see different checkpoints in it"
+            raise UsageError(f"{cause}; give a folder that all machines share")
         if run.here.is_main:
             folder._claim()
             log.cut(folder.path("log.jsonl"), folder.step)
@@ -86,9 +84,7 @@ class RunDir:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             if self.damaged:
                 os.replace(self.path(PREVIOUS), self.damaged)
-            with open(path + ".partial", "w") as file:
-                json.dump(asdict(config) | dict(revision=now), file, indent=1)
-            os.replace(path + ".partial", path)
+            log.replace(path, json.dumps(asdict(config) | dict(revision=now), indent=1))
         except OSError as error:
             cause = f"{error.strerror}; choose another"
             if isinstance(error, BlockingIOError):
@@ -137,8 +133,7 @@ class RunDir:
                 "good state; use a lower --lr or --precision=fp32, and another --out_dir"
             )
         self.wait()
-        facts = dict(config=asdict(run.config), step=done, images=self.n_images)
-        checkpoint = facts | run.state()
+        checkpoint = dict(config=asdict(run.config), step=done, images=self.n_images) | run.state()
         files = {CHECKPOINT: checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
         if self.in_thread:
             files = to_host(files)  # the next step changes them in place
@@ -190,8 +185,7 @@ class RunDir:
                 raise Damaged(error.cause, fix) from None
             checkpoint = read_checkpoint(path)
             if run.here.is_main:
-                instead = f"continuing from {path}, one checkpoint earlier"
-                tqdm.write(f"WARNING: {error.cause}; {instead}")
+                tqdm.write(f"WARNING: {error.cause}; continuing from {path}, one earlier")
         needed = run.state().keys() | {"config", "step", "images"}
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= needed:
             raise UsageError(

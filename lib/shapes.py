@@ -9,6 +9,7 @@ Everything is a function of (seed, split, index), so nothing is downloaded or st
 import math
 
 from lib.images import memory_images
+from lib.outlines import SHAPES
 from lib.rng import fork, uniforms
 
 import torch
@@ -68,17 +69,14 @@ def _seeds_and_labels(split, n, seed):
 def shape_facts(seeds, labels, in_color=False):
     """Draw what is free in an image, for sample seeds (n,) and labels (n,). In half image sides.
 
-    Returns a dict: angle (n,) degrees counter-clockwise from upright; radius (n,); center (n, 2),
-    x right and y up; front (n, 3) and back (n, 2, 3), RGB colors; wave (n, 3): direction in turns,
-    speed, phase of what mixes the two colors of the background.
+    Returns a dict: angle (n,) degrees counter-clockwise; radius (n,); center (n, 2), x right and y
+    up; RGB colors front (n, 3), back (n, 2, 3); wave (n, 3), which mixes the two of the background:
+    direction in turns, speed, phase.
     """
     u = uniforms(seeds, 32)  # (n, 32), a column for each property
     radius = 0.5 + 0.3 * u[:, 1]
-    place = dict(
-        angle=(2 * u[:, 0] - 1) * UPRIGHT,
-        radius=radius,
-        center=(2 * u[:, 2:4] - 1) * (0.9 - radius)[:, None],
-    )
+    center = (2 * u[:, 2:4] - 1) * (0.9 - radius)[:, None]
+    place = dict(angle=(2 * u[:, 0] - 1) * UPRIGHT, radius=radius, center=center)
     return place | (_colors if in_color else _grays)(u, labels)
 
 
@@ -156,8 +154,7 @@ def paint_shapes(facts, labels, size):
     # the background: two colors, mixed by a plane wave
     direction, speed, phase = facts["wave"].unbind(1)
     along = (2 * math.pi * direction).cos() * x + (2 * math.pi * direction).sin() * y
-    wave = torch.sin(speed * along + 2 * math.pi * phase)
-    mix = (0.5 + 0.5 * wave)[:, None]  # (n, 1, size, size)
+    mix = 0.5 + 0.5 * torch.sin(speed * along + 2 * math.pi * phase)[:, None]  # (n, 1, size, size)
     back = facts["back"][:, 0] * mix + facts["back"][:, 1] * (1 - mix)
     return back, facts["front"], cover
 
@@ -166,39 +163,3 @@ def _with_grain(image, seeds):
     """Add a little noise to images (n, 3, S, S) in [0, 1]. Returns uint8."""
     grain = 0.06 * (uniforms(fork(seeds, "grain"), image[0].numel()).view(image.shape) - 0.5)
     return ((image + grain).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-_join, _meet = torch.minimum, torch.maximum  # two signed distances: inside either, inside both
-
-
-def _box(p, x, y, half_width, half_height):
-    return _meet((p[0] - x).abs() - half_width, (p[1] - y).abs() - half_height)
-
-
-def _disc(p, x, y, radius):
-    return ((p[0] - x).square() + (p[1] - y).square()).sqrt() - radius
-
-
-def _wedge(p, tip, base, half):
-    """A triangle with its tip at (0, tip) and its base of width 2 half at height `base`."""
-    lean = half / (tip - base)
-    side = (p[0].abs() + (p[1] - tip) * lean) / math.hypot(1, lean)
-    return _meet(side, base - p[1] if tip > base else p[1] - base)
-
-
-# fmt: off
-SHAPES = {  # name -> signed distance (roughly; negative inside) to the shape from p = (x, y), y up
-    "arrow": lambda p: _join(_box(p, 0, -0.4, 0.22, 0.6), _wedge(p, 1, 0, 0.75)),
-    "crescent": lambda p: _meet(_disc(p, 0, -0.1, 0.9), -_disc(p, 0, 0.45, 0.75)),
-    "cup": lambda p: _meet(_box(p, 0, 0, 0.75, 0.85), -_box(p, 0, 0.35, 0.4, 0.85)),
-    "drop": lambda p: _join(_disc(p, 0, -0.35, 0.6), _wedge(p, 1, -0.1, 0.52)),
-    "flag": lambda p: _join(_box(p, -0.6, 0, 0.15, 1), _box(p, 0.1, 0.5, 0.75, 0.45)),
-    "house": lambda p: _meet(_join(_box(p, 0, -0.45, 0.6, 0.5), _wedge(p, 0.95, 0, 0.95)),
-                             -_box(p, 0, -0.6, 0.2, 0.4)),
-    "key": lambda p: _join(_meet(_disc(p, 0, 0.5, 0.5), -_disc(p, 0, 0.5, 0.24)),
-                           _join(_box(p, 0, -0.45, 0.14, 0.55), _box(p, 0.25, -0.8, 0.25, 0.12))),
-    "ell": lambda p: _join(_box(p, -0.4, 0, 0.25, 0.95), _box(p, 0.1, -0.7, 0.7, 0.25)),
-    "mushroom": lambda p: _join(_meet(_disc(p, 0, 0, 0.9), -p[1]), _box(p, 0, -0.45, 0.22, 0.5)),
-    "tee": lambda p: _join(_box(p, 0, 0.7, 0.85, 0.25), _box(p, 0, -0.15, 0.22, 0.8)),
-}
-# fmt: on

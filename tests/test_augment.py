@@ -11,7 +11,7 @@ import itertools
 import math
 from functools import partial
 
-from lib import compiled, rng
+from lib import compiled, processor
 from lib.rng import fork, noise, sample_seeds, uniforms
 
 import pytest
@@ -511,7 +511,7 @@ class Count(TorchDispatchMode):
 def test_views_of_a_gpu_are_one_copy_and_few_operations(name, n, monkeypatch):
     """On tensors without numbers: so no branch and no shape depends on them, and nothing waits."""
     copies, graphs = [], []
-    monkeypatch.setattr(rng, "to_device", lambda device, x: copies.append(x) or x.to(device))
+    monkeypatch.setattr(processor, "to_device", lambda device, x: copies.append(x) or x.to(device))
     crops = [torch.empty(n, 2, 3, 224, 224), torch.empty(n, 8, 3, 96, 96)]
     crops = [some.to("meta", torch.uint8) for some in crops]
     seeds = sample_seeds(0, torch.arange(n))
@@ -543,13 +543,13 @@ def test_a_packed_copy_is_what_it_was(monkeypatch):
         order=torch.arange(12).view(3, 4),
     )
     copies = []
-    monkeypatch.setattr(rng, "to_device", lambda device, x: copies.append(x) or x.clone())
-    got = rng.copy_packed(torch.device("cpu"), tensors)
+    monkeypatch.setattr(processor, "to_device", lambda device, x: copies.append(x) or x.clone())
+    got = processor.copy_packed(torch.device("cpu"), tensors)
     assert len(copies) == 1 and got.keys() == tensors.keys()
     for name, x in tensors.items():
         assert torch.equal(got[name], x) and got[name].dtype == x.dtype
         assert got[name].data_ptr() % x.itemsize == 0
-    assert rng.copy_packed(torch.device("cpu"), {}) == {} and len(copies) == 1
+    assert processor.copy_packed(torch.device("cpu"), {}) == {} and len(copies) == 1
 
 
 @pytest.mark.gpu

@@ -393,7 +393,7 @@ def test_drop_path_is_one_copy_and_few_operations(monkeypatch):
     seeds = rng.sample_seeds(0, torch.arange(4))
     views = [torch.zeros(2, 4, 1, 1, 1), torch.zeros(3, 4, 1, 1, 1)]
     copies = []
-    monkeypatch.setattr(rng, "to_device", lambda device, x: copies.append(x) or x)
+    monkeypatch.setattr(processor, "to_device", lambda device, x: copies.append(x) or x)
     with Count() as count:
         scales = run.drop_path_scales(seeds, views)
     assert count.n < 90 and len(copies) == 1
