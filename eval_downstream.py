@@ -204,6 +204,7 @@ def finetune(models, task, config, size, here, state):
                 facts["save_correct"] = config.save_correct
                 right = logits.argmax(1) == y
                 rows.append(results.result_row(row, part, len(network.columns), right, **facts))
+            state.add(rows)
     return rows
 
 

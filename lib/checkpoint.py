@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -77,9 +78,6 @@ def read_checkpoint(path):
     try:
         with open(path, "rb") as file:
             head = file.read(4)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give the path of a checkpoint") from None
-    try:
         wrong = None
         if head == b"PK\3\4":
             with zipfile.ZipFile(path) as archive:
@@ -96,7 +94,9 @@ def read_checkpoint(path):
         raise UsageError(f"{path}: {cause}") from None
     except MemoryError:
         raise UsageError(f"{path}: does not fit into memory; free some") from None
-    except Exception as error:  # a flipped bit can raise anything
+    except Exception as error:  # a flipped bit can raise anything, such as EINVAL of a wrong offset
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise UsageError(f"{path}: {error.strerror}; give a checkpoint, or try again") from None
         cause = f"damaged, or not a checkpoint ({type(error).__name__})"
     fix = "copy it again"
     previous = Path(path).with_name(PREVIOUS)

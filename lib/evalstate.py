@@ -39,12 +39,18 @@ class EvalState:
             raise UsageError(f"{self.path}: not the state of an evaluation; remove it")
         if self.is_main:
             print(f"continuing {self.path}", flush=True)
+        self.last = state
         return state["rows"], state
 
     def write(self, **state):
         """Write NAMES: the finished rows; which module has trained for how many epochs, and it."""
+        self.last = state
         if self.is_main:
             save_atomically(state, self.path)
+
+    def add(self, rows):
+        """Write the last state again, with more finished rows: a module's tests are done."""
+        self.write(**self.last | dict(rows=rows))
 
     def remove(self):
         """Remove the file: the evaluation is finished."""

@@ -314,4 +314,5 @@ def linear_probe(models, task, config, size, here, state, knn=False):
             begun = unfinished if unfinished.get("which") == seed else {}
             classifiers = probe.fit(data.subset(task.train, fit), seed, state, rows, begun)
             rows += probe.rows(classifiers, data.subset(task.train, held), seed, knn)
+            state.add(rows)
     return rows

@@ -500,17 +500,21 @@ def test_two_processes_are_one(run_folder, folder, tmp_path, script, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "module, options",
+@pytest.mark.parametrize(  # one write an epoch, the fifth after the tests
+    "module, options, cut",  # cut: after how many writes, with how many epochs left
     [
-        (eval_linear, ["--protocol=paper"]),
-        (eval_linear, ["--protocol=fast"]),
-        (eval_downstream, ["--task=folder", "--part=full", "--seeds=2"]),
+        (eval_linear, ["--protocol=paper"], (3, 1)),
+        (eval_linear, ["--protocol=fast"], (3, 1)),
+        (eval_linear, ["--protocol=fast", "--seeds=2"], (5, 4)),
+        (eval_downstream, ["--task=folder", "--part=full", "--seeds=2"], (3, 1 + 4)),
+        (eval_downstream, ["--task=folder", "--part=full", "--seeds=2"], (5, 4)),
     ],
 )
 def test_an_interrupted_evaluation_continues_to_the_same_numbers(
-    run_folder, folder, tmp_path, monkeypatch, capsys, module, options
+    run_folder, folder, tmp_path, monkeypatch, capsys, module, options, cut
 ):
+    cut_after, epochs_left = cut
+
     def evaluate(out):
         ckpt = run_folder / "clever" / "ckpt.pt"
         module.main([f"--ckpt={ckpt}", f"--data={folder}", f"--out={out}", *QUICK, *options])
@@ -524,22 +528,27 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(
     def write(self, **state):
         real(self, **state)
         writes.append(state["epoch"])
-        if len(writes) == 3:
+        if len(writes) == cut_after:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evalstate.EvalState, "write", write)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "cut")
-    assert writes[-1] == 3
+    assert writes[-1] == min(cut_after, 4)
     assert len(list((tmp_path / "cut").glob("*.partial.pt"))) == 1
     assert not (tmp_path / "cut" / "results.json").exists()
     monkeypatch.undo()
-    losses = []
-    real_loss = F.cross_entropy
+    losses, extracted = [], []
+    real_loss, real_extract = F.cross_entropy, linear.extract_tests
     monkeypatch.setattr(F, "cross_entropy", lambda *a: losses.append(1) or real_loss(*a))
+    monkeypatch.setattr(
+        linear, "extract_tests", lambda *a, **k: extracted.append(1) or real_extract(*a, **k)
+    )
     evaluate(tmp_path / "cut")
-    # 2 steps per epoch: one epoch of three parts; or one, and the next seed's four
-    assert len(losses) == 2 * (3 if module is eval_linear else 1 + 4)
+    parts, sets = (3, 2) if module is eval_linear else (1, 1)  # sets: held-out slice and test
+    assert len(losses) == 2 * epochs_left * parts  # 2 steps an epoch
+    networks_left = 1 if cut_after == 5 or "--seeds=2" not in options else 2
+    assert len(extracted) == sets * networks_left
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
     assert "continuing" in capsys.readouterr().out
     assert not list((tmp_path / "cut").glob("*.partial*"))

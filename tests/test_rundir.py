@@ -375,6 +375,21 @@ def test_of_sixty_flipped_bits_in_the_weights_all_are_found(steps, tmp_path):
             checkpoint.read_checkpoint(path)
 
 
+def test_a_file_that_cannot_be_read_is_not_damaged(steps, monkeypatch):
+    """The last checkpoint must not give way to the one before because a disk has failed once."""
+    run, *_ = steps
+    RunDir(run, 80).save(1)
+    path, _ = checkpoint_of(run)
+
+    def fail(archive):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(UsageError, match=r"Input/output error; .*try again") as refusal:
+        checkpoint.read_checkpoint(path)
+    assert not isinstance(refusal.value, checkpoint.Damaged)
+
+
 def test_a_damaged_checkpoint_costs_one_interval(images, steps, tmp_path, capsys):
     run, _, do = steps
     kept = {}

@@ -54,8 +54,7 @@ def lengths_of(saved):
     terms, _, logged = train.distil(run, run.views(batch), None)
     found = {}
     for term, value in terms.items():
-        weight = getattr(config, train.WEIGHTS[term]) if term in train.WEIGHTS else 1.0
-        loss = weight * value
+        loss = getattr(config, train.WEIGHTS.get(term, ""), 1.0) * value
         how = dict(retain_graph=True, materialize_grads=True)
         gradients = torch.autograd.grad(loss, list(run.trained.values()), **how)
         squares = dict.fromkeys(PARTS, 0.0)
