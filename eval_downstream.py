@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import data, evalstate, evaluation, linear, machine, results, sources
+from lib import evalstate, evaluation, linear, machine, results, sources
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError, configure, did_you_mean, option
+from lib.images import subset
 from lib.rng import fork, uniforms
 
 import torch
@@ -149,9 +150,9 @@ def open_task(config, trained, size):
     task = linear.class_task(config.task, config, size)
     train = task.train
     if config.subset_list:
-        train = data.subset(train, sources.indices_in_list(train, config.subset_list))
+        train = subset(train, sources.indices_in_list(train, config.subset_list))
     elif entry.share < 1:
-        train = data.subset(train, sources.stratified_share(train.labels, entry.share, config.seed))
+        train = subset(train, sources.stratified_share(train.labels, entry.share, config.seed))
     task = task._replace(train=train)
     return entry.ask(task, config) if entry.ask else task
 

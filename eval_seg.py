@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import data, evaluation, features, machine, results, shapes, sources
+from lib import evaluation, features, machine, results, shapes, sources
 from lib.config import UsageError, configure, option
-from lib.images import EXTENSIONS
+from lib.images import EXTENSIONS, UNREADABLE, decode, reason
 
 import numpy as np
 import torch
@@ -344,10 +344,10 @@ class Sequence(NamedTuple):
         """Return frame t, uint8 (3, H, W), and its mask (H, W) or None."""
         image, mask = self.images[t], self.masks[t]
         try:
-            image = data.decode(image) if isinstance(image, Path) else image
+            image = decode(image) if isinstance(image, Path) else image
             mask = read_mask(mask) if isinstance(mask, Path) else mask
-        except data.UNREADABLE as error:
-            raise Unreadable(data.reason(error)) from error
+        except UNREADABLE as error:
+            raise Unreadable(reason(error)) from error
         return image, mask
 
 

@@ -17,11 +17,7 @@ from typing import NamedTuple
 
 from lib import resident
 from lib.config import UsageError
-from lib.images import UNREADABLE as UNREADABLE  # other files take these from here
 from lib.images import Images, cache_in_ram, limit_decode, read_or_reason
-from lib.images import decode as decode
-from lib.images import reason as reason
-from lib.images import subset as subset
 from lib.pixels import transform_each
 from lib.processor import local_ranks, to_device, view_stream
 from lib.resident import place

@@ -9,6 +9,7 @@ from lib import data, features, rng, sources
 from lib.config import UsageError, did_you_mean, option
 from lib.evalstate import CosineSGD
 from lib.evaluation import EvalConfig, chosen_parts
+from lib.images import Images, subset
 from lib.results import result_row
 
 import torch
@@ -139,8 +140,8 @@ class Task(NamedTuple):
     """What classifiers learn. Transforms are those of features.extract."""
 
     name: str
-    train: data.Images
-    test: data.Images
+    train: Images
+    test: Images
     n_classes: int
     view: Callable  # the transform of training crops
     label: Callable  # (sample seeds (B,), labels (B,)) -> (B,): what `view` makes of the labels
@@ -312,7 +313,7 @@ def linear_probe(models, task, config, size, here, state, knn=False):
         if not any(row["seed"] == seed for row in rows):
             fit, held = sources.hold_out(task.train.labels, config.held_out, seed)
             begun = unfinished if unfinished.get("which") == seed else {}
-            classifiers = probe.fit(data.subset(task.train, fit), seed, state, rows, begun)
-            rows += probe.rows(classifiers, data.subset(task.train, held), seed, knn)
+            classifiers = probe.fit(subset(task.train, fit), seed, state, rows, begun)
+            rows += probe.rows(classifiers, subset(task.train, held), seed, knn)
             state.add(rows)
     return rows

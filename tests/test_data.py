@@ -7,6 +7,7 @@ from itertools import chain
 
 from lib import data, sources
 from lib.config import UsageError
+from lib.images import UNREADABLE, cache_in_ram, decode, limit_decode, subset
 from lib.rng import sample_seeds
 from lib.shapes import SHAPES, moving_shapes, shape_masks, shapes
 
@@ -21,7 +22,7 @@ from augment import center_crop, random_crops
 
 
 def color(path, pixel=(0, 0)):
-    return data.decode(str(path))[:, pixel[1], pixel[0]].tolist()
+    return decode(str(path))[:, pixel[1], pixel[0]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, value, expected
     if mode == "P" and suffix == "png":
         options["transparency"] = 0
     image.save(path, **options)
-    decoded = data.decode(str(path))
+    decoded = decode(str(path))
     assert decoded.dtype == torch.uint8 and decoded.shape == (3, 6, 9)
     assert np.abs(np.array(color(path, (4, 3))) - expected).max() <= (8 if suffix == "jpg" else 1)
 
@@ -70,7 +71,7 @@ def test_exif_rotation_and_animation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     image.save(tmp_path / "rotated.jpg", exif=exif)
-    assert data.decode(str(tmp_path / "rotated.jpg")).shape == (3, 40, 20)
+    assert decode(str(tmp_path / "rotated.jpg")).shape == (3, 40, 20)
     frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert color(tmp_path / "moving.gif")[0] > 240
@@ -106,8 +107,8 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, side, enough, e
         options = dict(exif=exif) if name == "rotated.jpg" else {}
         image = picture.convert("L") if name == "gray.jpg" else picture
         image.save(tmp_path / name, **options)
-        whole = data.decode(str(tmp_path / name))
-        found = data.decode(str(tmp_path / name), enough)
+        whole = decode(str(tmp_path / name))
+        found = decode(str(tmp_path / name), enough)
         short = expected if name.endswith("jpg") else side
         sides = (short, 600 * short // 400)
         assert found.shape == (3, *(sides[::-1] if name == "rotated.jpg" else sides))
@@ -120,7 +121,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed(tmp_path, side, enough, e
 def test_what_pillow_refuses_to_reduce_is_decoded_whole(tmp_path, monkeypatch):
     torchvision.io.write_jpeg(photo(200, 300), str(tmp_path / "a.jpg"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a decompression bomb to Pillow
-    assert data.decode(str(tmp_path / "a.jpg"), 50).shape == (3, 200, 300)
+    assert decode(str(tmp_path / "a.jpg"), 50).shape == (3, 200, 300)
 
 
 def test_crops_of_smaller_decoded_images_are_the_crops(tmp_path):
@@ -131,7 +132,7 @@ def test_crops_of_smaller_decoded_images_are_the_crops(tmp_path):
     config = tiny_config(
         img_size=64, global_scale=crops[0][1], local_size=48, local_scale=crops[1][1]
     )
-    limited = data.limit_decode(whole, config)
+    limited = limit_decode(whole, config)
     assert limited.read(0).shape == (3, 250, 300)  # 48 / sqrt(0.1 * 3 / 4) = 176 pixels are enough
     for i in range(3):
         for size, scale in crops:
@@ -142,10 +143,10 @@ def test_crops_of_smaller_decoded_images_are_the_crops(tmp_path):
             # of 255; boxes are rounded to coarser pixels
             assert (a - b).abs().mean() < 5 < 30 < (a - b.flip(0)).abs().mean()
     memory = shapes("train", 32, 10)
-    assert data.limit_decode(memory, config) is memory
-    some = data.subset(whole, [2, 0])
-    assert data.limit_decode(some, config) is some
-    assert data.limit_decode(limited, config) is limited
+    assert limit_decode(memory, config) is memory
+    some = subset(whole, [2, 0])
+    assert limit_decode(some, config) is some
+    assert limit_decode(limited, config) is limited
 
 
 BROKEN = {
@@ -192,16 +193,16 @@ def test_a_broken_file_is_named_skipped_and_counted(tmp_path, name):
 
 def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
     images = sources.open_images(str(make_tree(tmp_path / "tree", 12, ["zero.jpg"])), "train")
-    cached = data.cache_in_ram(images, "tree", HERE, 2)
+    cached = cache_in_ram(images, "tree", HERE, 2)
     (bad,) = (i for i in range(13) if "zero" in images.name(i))
     for i in set(range(13)) - {bad}:
         assert torch.equal(cached.read(i), images.read(i)) and cached.read(i) is cached.read(i)
-    with pytest.raises(data.UNREADABLE) as error:
+    with pytest.raises(UNREADABLE) as error:
         cached.read(bad)
     assert cached.name(bad) == images.name(bad) and str(error.value)
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     with pytest.raises(UsageError, match=r"needs about .* GB .*are free; remove --cache=ram"):
-        data.cache_in_ram(images, "tree", HERE, 2)
+        cache_in_ram(images, "tree", HERE, 2)
 
 
 def test_more_than_one_percent_broken_stops(tmp_path):
@@ -215,8 +216,8 @@ def test_more_than_one_percent_broken_stops(tmp_path):
 def test_images_can_be_sent_to_workers_of_any_kind(folder, tmp_path):
     """Where processes are not forked, they get the Images pickled."""
     images = sources.open_images(str(folder), "train")
-    limited = data.limit_decode(images, tiny_config())
-    cached = data.cache_in_ram(data.subset(images, [3, 4]), "folder", HERE, 1)
+    limited = limit_decode(images, tiny_config())
+    cached = cache_in_ram(subset(images, [3, 4]), "folder", HERE, 1)
     for some in (images, limited, cached, shapes("train", 32, 4)):
         again = pickle.loads(pickle.dumps(some))
         assert torch.equal(again.read(1), some.read(1)) and again.name(1) == some.name(1)

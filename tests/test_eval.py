@@ -9,6 +9,7 @@ from lib import data, evalstate, linear, results, sources
 from lib.checkpoint import save_atomically
 from lib.config import UsageError
 from lib.evaluation import Model
+from lib.images import Images
 from lib.rng import fork, sample_seeds, uniforms
 from lib.shapes import shapes
 
@@ -171,7 +172,7 @@ def test_held_out_images_choose_and_never_train(tmp_path, protocol):
     def numbered(n, first):
         pixels = torch.arange(first, first + n).view(n, 1, 1, 1).expand(n, 3, 32, 32)
         read = pixels.to(torch.uint8).__getitem__
-        return data.Images(read, torch.arange(n) % 4, list("abcd"), str)
+        return Images(read, torch.arange(n) % 4, list("abcd"), str)
 
     train = numbered(100, 0)
     test = numbered(20, 200)
@@ -301,7 +302,7 @@ def test_a_share_of_the_labels_is_stratified_and_a_list_is_kept_to(folder, tmp_p
     assert (chosen == sources.stratified_share(labels, 0.1, 0)).all()
     assert len(sources.stratified_share(labels, 0.001, 0)) == 3  # one of each at least
     name = "/x/n01/n01_{}.JPEG".format
-    images = data.Images(None, torch.zeros(3, dtype=torch.int64), ["n01", "n02"], name)
+    images = Images(None, torch.zeros(3, dtype=torch.int64), ["n01", "n02"], name)
     listing = tmp_path / "list.txt"
     listing.write_text("n01_2.JPEG\nn01_0.JPEG\nn99_5.JPEG\n")
     assert sources.indices_in_list(images, listing).tolist() == [0, 2]

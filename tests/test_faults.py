@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lib import data, log, sources
 from lib.config import UsageError
+from lib.images import UNREADABLE, Images, decode, reason
 from lib.run import Run
 from lib.rundir import RunDir
 
@@ -573,17 +574,17 @@ def test_images_as_they_are_found(tmp_path, name):
     make, shape = IMAGES[name]
     path = make(tmp_path)
     if shape:
-        image = data.decode(path)
+        image = decode(path)
         assert tuple(image.shape) == shape and image.dtype == torch.uint8
         config = tiny_config(batch_size=1)
-        images = data.Images(lambda i: image, torch.tensor([0]), ["a"], lambda i: name)
+        images = Images(lambda i: image, torch.tensor([0]), ["a"], lambda i: name)
         crops = next(iter(data.train_loader(images, config, 0, 1, HERE)))
         assert crops[0].shape == (1, 2, 3, 32, 32) and crops[4] == []
         assert center_crop(image, 32).shape == (3, 32, 32)
     else:
-        with pytest.raises(data.UNREADABLE) as error:
-            data.decode(path)
-        assert "\n" not in data.reason(error.value)
+        with pytest.raises(UNREADABLE) as error:
+            decode(path)
+        assert "\n" not in reason(error.value)
 
 
 class Payload:

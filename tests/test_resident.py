@@ -7,6 +7,7 @@ from functools import partial
 
 from lib import data, resident
 from lib.config import Config, UsageError
+from lib.images import subset
 from lib.rng import fork, sample_seeds
 from lib.shapes import shapes
 
@@ -177,7 +178,7 @@ def test_a_folder_of_one_size_is_decoded_once(folder):
         assert images.pixels.shape == (len(on_disk), 3, 32, 32)
         assert all(torch.equal(images.pixels[i], on_disk.read(i)) for i in range(len(on_disk)))
         assert torch.equal(images.labels, on_disk.labels)
-    some = data.subset(train_set, [5, 3])
+    some = subset(train_set, [5, 3])
     assert torch.equal(some.pixels, train_set.pixels[[5, 3]])
     assert opened(folder, cache="off")[0].pixels is None
     ram = opened(folder, cache="ram")[0]

@@ -128,6 +128,7 @@ ROOMS = {
             "lib.evalstate",
             "lib.evaluation",
             "lib.features",
+            "lib.images",
             "lib.results",
             "lib.sources",
         },

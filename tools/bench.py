@@ -51,6 +51,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lib import data, evaluation, features, fused, linear, machine, processor, sources
 from lib.config import Config, UsageError, configure, option
 from lib.evalstate import EvalState
+from lib.images import limit_decode, subset
 from lib.rng import sample_seeds
 from lib.shapes import shapes
 
@@ -351,7 +352,7 @@ def photo_row(H=2000, W=3000):
     def crops(images):
         return ten_crops(images.read(0), sample_seeds(0, torch.tensor(0)))
 
-    limited = data.limit_decode(whole, Config())
+    limited = limit_decode(whole, Config())
     sides = [partial(crops, images) for images in (limited, whole)]
     return Row(*sides, images=1, rtol=0.02, one_core=True)
 
@@ -368,13 +369,13 @@ def end_to_end_row(device, folder, arch, recipe, n):
     ours = our_run(device, Size(arch, 16, 224, 96, 4096), n, **options, drop_path=0.0)
     slow = reference_run(device, Size(arch, 16, 224, 96, 4096), n, **options)
     transforms = reference_transforms(slow.recipe)
-    limited = data.limit_decode(images, ours.config)
+    limited = limit_decode(images, ours.config)
 
     def order(steps):
         return torch.arange(n * steps) % len(images)
 
     def run_ours(steps):
-        many = data.subset(limited, order(steps))
+        many = subset(limited, order(steps))
         for batch in data.train_loader(many, ours.config, 0, steps, ours.here):
             loss, _ = our_steps(ours, batch, 1)
         return loss
