@@ -115,7 +115,7 @@ def backward(run, batch):
         with nullcontext() if is_last or run.here.world == 1 else run.student.no_sync():
             with run.here.autocast():
                 terms, means, more = METHODS[config.method][0](run, views, scale)
-            weight = {name: getattr(config, WEIGHTS.get(name, ""), 1.0) for name in terms}
+            weight = {n: getattr(config, WEIGHTS[n]) if n in WEIGHTS else 1.0 for n in terms}
             loss = sum(weight[name] * term for name, term in terms.items())
             (loss / len(parts)).backward()
         for head, mean in means.items():
@@ -190,7 +190,7 @@ def main(argv):
             monitor.step(step + 1, logged, signal)
             folder.save_if_due(step + 1, signal)
             if signal:
-                machine.leave(signal, step + 1)
+                machine.leave(signal, f"step {step + 1}")
             monitor.epoch_end(step + 1)
     monitor.finish()
     machine.wait_for_ranks()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -50,14 +51,14 @@ def save_atomically(obj, path, previous=""):
 
 
 def _link(path, other):
-    """Give the file of `path` a second name, `other`; on a file system without links, move it."""
+    """Give the file of `path` a second name, `other`; on a file system without links, copy it."""
     partial = f"{other}.partial"
     with contextlib.suppress(FileNotFoundError):
         os.remove(partial)
     try:
         os.link(path, partial)
     except OSError:
-        partial = path
+        shutil.copyfile(path, partial)
     os.replace(partial, other)
 
 
@@ -87,14 +88,14 @@ def read_checkpoint(path):
                 return torch.load(path, map_location="cpu", weights_only=True)
         cause = f"damaged, {wrong} has a wrong checksum"
     except pickle.UnpicklingError:
-        cause = "not a checkpoint; give a run's ckpt.pt or backbone.pt, or published weights"
-        if head[:1] in (b"P", b"\x80"):  # torch's zip, or a pickle
-            cause = "refused, because it could run code; "
-            cause += "give a file that torch.load(weights_only=True) reads"
-        raise UsageError(f"{path}: {cause}") from None
-    except MemoryError:
-        raise UsageError(f"{path}: does not fit into memory; free some") from None
+        if head != b"PK\3\4" and head[:1] != b"\x80":  # neither torch's zip nor a pickle
+            fix = "give a run's ckpt.pt or backbone.pt, or published weights"
+            raise Damaged(f"{path}: not a checkpoint", fix) from None
+        fix = "give a file that torch.load(weights_only=True) reads"
+        raise UsageError(f"{path}: refused, because it could run code; {fix}") from None
     except Exception as error:  # a flipped bit can raise anything, such as EINVAL of a wrong offset
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UsageError(f"{path}: does not fit into memory; free some") from None
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UsageError(f"{path}: {error.strerror}; give a checkpoint, or try again") from None
         cause = f"damaged, or not a checkpoint ({type(error).__name__})"

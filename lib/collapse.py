@@ -39,7 +39,10 @@ def metrics(run, batch):
         outputs[name] = own, projections, out
     if "ef" in outputs:
         own, projections, out = outputs["ef"]
-        if run.has_teacher:
+        if run.has_teacher and run.config.orth_views == "student":
+            p, q = (own.last_layer(x) / run.config.student_temp for x in projections)
+            p, q = p.softmax(-1), q.softmax(-1)
+        elif run.has_teacher:
             z = _frozen(run.teacher.backbone, views[0], run.here)[:, parts["ef"]]
             center = run.centers["ef"]
             q = losses.teacher_probabilities(run.teacher.head_ef(z), center, run.teacher_temp)

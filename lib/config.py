@@ -37,7 +37,7 @@ SYNONYMS = {"lam": "lambda_preg", "ema": "teacher_momentum", "momentum_teacher":
             "lr_base": "lr", "base_lr": "lr", "learning_rate": "lr", "use_fp16": "precision",
             "amp": "precision", "resume": "out_dir", "checkpoint": "ckpt", "weights": "ckpt",
             "clip": "clip_grad", "loss_images": "loss_chunk", "answers": "save_correct"}
-NOT_OPTIONS = {"revision", "device", "workers"}  # config.json: about that run's machine
+NOT_OPTIONS = {"revision", "device", "workers", "compile"}  # config.json: about that run's machine
 MUST_BE = {bool: "True or False", int: "of type int", float: "of type float and finite",
            str: "of type str", tuple: "a list of numbers, as 0.1,0.2; a list of one number: 0.1,"}
 

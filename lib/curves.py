@@ -16,15 +16,13 @@ STYLES = {"full": "o-", "ir": "s--", "ef": "^:"}  # part: its marker and line
 
 
 def read_log(run):
-    """Return the records of RUN/log.jsonl; a last line that a crash cut short is left out."""
+    """Return the records of RUN/log.jsonl. UsageError if there is none."""
     path = os.path.join(run, "log.jsonl")
     try:
         os.stat(path)  # records takes a missing file for an empty one
         return records(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the out_dir of a run") from None
-    except ValueError:
-        raise UsageError(f"{path}: not a log of train.py; give the out_dir of a run") from None
 
 
 def panel_and_part(field):

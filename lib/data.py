@@ -90,8 +90,9 @@ def open_splits(data, classes="", root="data", download=False, img_size=64):
         fix = "choose common ones with --classes"
         raise UsageError(f"data={data}: {n}, and they differ in {differ}; {fix}")
     for split, images in (("train", train), ("val", val)):
-        if images is not None and len(images) == 0:
-            raise UsageError(f"data={data}: its {split} split holds no images; fetch it again")
+        if images is not None and len(images) < 2:
+            n = f"its {split} split holds {len(images)} images, two are needed"
+            raise UsageError(f"data={data}: {n}; add some, or fetch it again")
     return train, val
 
 

@@ -144,7 +144,7 @@ def data_of(config, trained):
     if not source:
         raise UsageError(f"{config.ckpt}: its training data is unknown; give --data")
     classes = config.classes
-    if not classes and source not in ("shapes", *sources.TORCHVISION):
+    if not classes and source not in (*sources.COUNTS, *sources.TORCHVISION):
         classes = trained.get("classes", "")
     return source, "" if config.classes == "all" else classes
 

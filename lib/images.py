@@ -3,9 +3,11 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from lib.config import UsageError
 from lib.processor import local_ranks
@@ -70,7 +72,8 @@ def decode(path, enough=0):
             image = decode_image(str(path), mode="RGB", apply_exif_orientation=True)
     except RuntimeError:
         image = _decode_with_pillow(path)  # formats and variants that torchvision does not read
-    return TF.to_dtype(image[0] if image.ndim == 4 else image, torch.uint8, scale=True)
+    image = image[0].clone() if image.ndim == 4 else image  # the other frames are freed
+    return TF.to_dtype(image, torch.uint8, scale=True)
 
 
 def _decode_reduced(path, enough):
@@ -88,7 +91,8 @@ def _decode_with_pillow(path):
             return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
         gray = np.asarray(file, dtype=np.float32)
     # 16 bit, 32 bit or float: Pillow's own conversion would clip instead of scale
-    full = 65535 if file.mode.startswith("I;16") or gray.max() > 255 else 255
+    is_16_bit = file.mode.startswith("I;16") or file.format == "PPM" or gray.max() > 255
+    full = 65535 if is_16_bit else 255
     full = 1 if file.mode == "F" and gray.max() <= 1 else full
     gray = (gray.clip(0, full) * (255 / full)).round().astype(np.uint8)
     return torch.from_numpy(gray).expand(3, -1, -1)
@@ -140,7 +144,9 @@ def free_memory(device):
     """Return the free bytes of a device; for the host, this rank's share of them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):  # Linux: with what caches of files would give back
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
     return free / local_ranks()
 
 

@@ -5,10 +5,12 @@ import json
 import os
 from pathlib import Path
 
+from lib.config import UsageError
+
 
 def append(path, numbers):
     """Append a line, whole or not at all; OSError if it cannot be written."""
-    rounded = {k: round(x, 6) if isinstance(x, float) else x for k, x in numbers.items()}
+    rounded = {k: float(f"{x:.7g}") if isinstance(x, float) else x for k, x in numbers.items()}
     line = json.dumps(rounded).encode() + b"\n"
     os.makedirs(os.path.dirname(path), exist_ok=True)  # someone may have removed it
     with open(path, "ab", buffering=0) as file:
@@ -25,11 +27,19 @@ def replace(path, text):
 
 
 def records(path):
-    """Return the lines as dicts; [] if there is no file."""
+    """Return the lines as dicts, without a last one that was cut short; [] if there is no file."""
     if not os.path.exists(path):
         return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    found = []
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found += [json.loads(line)] if line.endswith("\n") else []
+            except ValueError:
+                raise UsageError(
+                    f"{path}: not a log, or line {number} is damaged; remove the line"
+                ) from None
+    return found
 
 
 def cut(path, step):

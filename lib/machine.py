@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from lib.processor import choose_device, choose_precision, local_ranks
 import torch
 import torch.distributed as dist
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _hosts = None  # the process group of the CPUs (gloo); join makes it on all ranks
 
 
@@ -76,13 +78,7 @@ def broadcast(obj):
 
 
 def wait_for_ranks():
-    """Wait up to a day until every rank is here: NCCL's barrier would stop after ten minutes.
-
-    At the end of a script the process group stays alive: to destroy it could hang.
-    DistributedDataParallel holds the last reference to it and, when it is freed, keeps Python's
-    lock while it waits for a communication thread; that thread may need the lock to free a tensor.
-    So run_main ends the process instead.
-    """
+    """Wait up to a day until every rank is here: NCCL's barrier would stop after ten minutes."""
     if dist.is_initialized():
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # another rank may still need what the GPU computes
@@ -112,6 +108,8 @@ def catch_signals():
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     yield pending
+    if number := pending():
+        leave(number, "the last step")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -120,7 +118,7 @@ def leave(number, step):
     """Leave because of a signal, all ranks together: exit code 143 for SIGTERM, 130 for SIGINT."""
     if rank_and_world()[0] == 0:
         name = signal.Signals(number).name
-        message = f"stopped by {name} after step {step}; the same command continues from there"
+        message = f"stopped by {name} after {step}; the same command continues from there"
         print(message, file=sys.stderr, flush=True)
     wait_for_ranks()
     sys.exit(128 + number)
@@ -129,9 +127,10 @@ def leave(number, step):
 def run_main(main, when_interrupted="stopped", usage=""):
     """Run main(sys.argv[1:]) and end the process; without arguments print the usage, if any.
 
-    A UsageError is one line on stderr and exit code 2, Ctrl-C is exit code 130.
-    A rank of torchrun skips Python's own clean-up. The clean-up can wait forever for threads that
-    still hold tensors (PyTorch's issue 190489, wait_for_ranks), and then the whole job waits.
+    A UsageError or a full disk is one line on stderr and exit code 2, Ctrl-C is exit code 130.
+    A rank of torchrun skips Python's own clean-up and keeps the process group: the clean-up can
+    wait forever for threads that still hold tensors (PyTorch's issue 190489), and all ranks with
+    it. DistributedDataParallel, when freed, keeps Python's lock while it waits for such a thread.
     """
     code = 0
     try:
@@ -139,19 +138,22 @@ def run_main(main, when_interrupted="stopped", usage=""):
             print(usage)
         else:
             main(sys.argv[1:])
-    except UsageError as error:
-        # from a loading process, a traceback comes before it
-        cause = str(error).strip().splitlines()[-1].removeprefix("lib.config.UsageError: ")
-        print(f"{os.path.basename(sys.argv[0])}: {cause}", file=sys.stderr, flush=True)
-        code = 2
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr, flush=True)
         code = 130
     except SystemExit as leaving:
         code = leaving.code or 0
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # torchrun's puts the rank before each line
-        code = 1
+    except Exception as error:
+        code, cause = 2, ""
+        if isinstance(error, UsageError):  # from a loading process, a traceback comes before it
+            cause = str(error).strip().splitlines()[-1].removeprefix("lib.config.UsageError: ")
+        elif getattr(error, "errno", None) in DISK_IS_FULL:
+            cause = f"{error.filename or 'a file'}: {error.strerror}; make room and try again"
+        if cause:
+            print(f"{os.path.basename(sys.argv[0])}: {cause}", file=sys.stderr, flush=True)
+        else:
+            sys.excepthook(*sys.exc_info())  # torchrun's puts the rank before each line
+            code = 1
     if "RANK" not in os.environ:
         sys.exit(code)
     try:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from augment import perturbation
 
-MAX_CONSECUTIVE_SKIPS = 3  # steps in a row without a finite gradient before a run stops
+MAX_CONSECUTIVE_SKIPS = 3  # last steps without a finite gradient at which a run stops
 
 
 class Monitor:
@@ -61,6 +61,7 @@ class Monitor:
                 picture.save(folder.path("views.png"))
             folder.log(step=0, epoch=0.0, **collapse.metrics(run, self.first_batch))
         elif not self._was_evaluated(step):  # the run was stopped after the checkpoint, before this
+            self.numbers = next((r for r in reversed(folder.records()) if "loss" in r), {})
             self.epoch_end(step)
         if step == run.total and run.here.is_main:
             curves.draw_if_possible(run.config.out_dir)
@@ -208,7 +209,8 @@ class Monitor:
     def needs_table(self):
         """Tell whether the run ends with a table: probe_at_end, labels, and no table yet."""
         wanted = self.run.config.probe_at_end and self.has_labels
-        return wanted and not results.read_results(self.folder.path("results.json"))
+        done = results.read_results(self.folder.path("results.json"))  # evaluations write it, too
+        return wanted and not any("max_steps" in entry["protocol"] for entry in done)
 
     @torch.compiler.set_stance("force_eager")
     def finish(self):

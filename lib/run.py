@@ -20,7 +20,7 @@ class Run:
 
     def __init__(self, network, has_teacher, config, steps_per_epoch, here):
         """Take a fresh student on the CPU. Resolves the options of config, for config.json."""
-        check_method(network, has_teacher, config)
+        check_method(network, has_teacher, config, here.world)
         if config.init_from and not os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
             init_from(network.backbone, config)
         device = here.device
@@ -60,12 +60,7 @@ class Run:
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
 
-        self.notes = [line] if line else []  # for the first screen
-        if config.warmup_epochs >= config.epochs:
-            clipped = config.epochs / 10
-            note = f"warmup_epochs={config.warmup_epochs} would fill the run: now {clipped}"
-            self.notes.append(note)
-            config.warmup_epochs = clipped
+        self.notes = [line, *notes_of_short_runs(config)]  # for the first screen
         config.device = device.type
         config.precision = here.precision
 
@@ -143,6 +138,12 @@ class Run:
         self.skipped += is_skipped
         self.skipped[1] *= is_skipped
 
+    def after_infinity(self):
+        """Return in words what to do after numbers that are not finite."""
+        path = os.path.join(self.config.out_dir, "ckpt.pt")
+        good = f"{path} holds the last good state; " if os.path.exists(path) else ""
+        return f"{good}use a lower --lr or --precision=fp32, and another --out_dir"
+
 
 def refuse_to_skip_more(run, first, last, n_images, terms):
     """Raise UsageError on every rank: in steps first .. last no gradient was finite.
@@ -153,17 +154,14 @@ def refuse_to_skip_more(run, first, last, n_images, terms):
     [samples] = data.Schedule(n_images, config.batch_size, config.seed, first, first + 1)
     names = ", ".join(str(i) for _, i in samples[:8])
     cause = f"{', '.join(terms)} not finite either" if terms else "all loss terms are finite"
-    path = os.path.join(config.out_dir, "ckpt.pt")
-    good = f"{path} holds the last good state; " if os.path.exists(path) else ""
     raise UsageError(
         f"steps {first} to {last}: no gradient was finite ({cause}), all were skipped; step "
-        f"{first} saw samples {names} ...; {good}use a lower --lr or --precision=fp32, and another "
-        "--out_dir"
+        f"{first} saw samples {names} ...; {run.after_infinity()}"
     )
 
 
-def check_method(network, has_teacher, config):
-    """Raise UsageError for options that do not fit a method without a teacher or a split."""
+def check_method(network, has_teacher, config, world):
+    """Raise UsageError for options that do not fit the network or the method."""
     method, has_split = config.method, network.head_ef is not None
     if not (has_teacher and has_split) and config.orth_views != "teacher":
         raise UsageError(f"orth_views={config.orth_views}: not for {method}; remove --orth_views")
@@ -172,6 +170,24 @@ def check_method(network, has_teacher, config):
         raise UsageError(f"local_crops={config.local_crops}: {method} {fix}")
     if not has_teacher and has_split and config.orth not in ("cosine", "dot"):
         raise UsageError(f"orth={config.orth}: not for {method}; use --orth=cosine or dot")
+    has_batch_norm = any(
+        isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in network.modules()
+    )
+    at_once = data.part_size(config.batch_size // world, config.max_batch_per_gpu)
+    if has_batch_norm and at_once * world == 1:
+        cause = f"max_batch_per_gpu={config.max_batch_per_gpu} makes parts of one image of it"
+        fix = "batch norm needs two; take another batch_size, a multiple of 8"
+        raise UsageError(f"batch_size={config.batch_size}: {cause}, and {fix}")
+
+
+def notes_of_short_runs(config):
+    """Shorten a warm-up that would fill the run. Yield what to tell of it."""
+    if config.warmup_epochs >= config.epochs:
+        shorter = config.epochs / 10
+        yield f"warmup_epochs={config.warmup_epochs} would fill the run: now {shorter}"
+        config.warmup_epochs = shorter
+    if config.freeze_last_layer >= config.epochs:
+        yield f"freeze_last_layer={config.freeze_last_layer}: no epoch trains the prototypes"
 
 
 def init_from(backbone, config):

@@ -21,7 +21,7 @@ from lib.results import revision
 import torch
 from tqdm import tqdm
 
-RESUME_OVERRIDABLE = {  # options that a continued run may change: results differ by rounding only
+RESUME_OVERRIDABLE = {  # options that a continued run may change (docs/fault_tolerance.md)
     *("out_dir", "workers", "cache", "max_batch_per_gpu", "loss_chunk", "device", "compile"),
     *("scan", "log_every", "eval_every", "save_every", "save_every_epochs", "probe_at_end"),
     *("data_root", "download", "tensorboard", "wandb", "revision"),
@@ -38,6 +38,7 @@ class RunDir:
         self.in_thread = run.here.device.type == "cuda"  # on a CPU it would compete for the cores
         self.writer = ThreadPoolExecutor(1)
         self.writing = []  # the checkpoint that the thread writes: a future, or none
+        self.config_json = json.dumps(asdict(run.config) | dict(revision=revision()), indent=1)
         self.open_boards = boards.import_boards(run.config)
         self.boards = []  # functions that log the numbers to other places
         self.damaged = ""  # the damaged checkpoint that ckpt.prev.pt replaces
@@ -59,7 +60,6 @@ class RunDir:
             raise UsageError(f"{cause}; give a folder that all machines share")
         if run.here.is_main:
             folder._claim()
-            log.cut(folder.path("log.jsonl"), folder.step)
             folder.boards = [open_(run.config, folder.step) for open_ in folder.open_boards]
             if folder.in_thread:
                 atexit.register(folder.wait)  # however the run ends
@@ -76,15 +76,15 @@ class RunDir:
                 raise UsageError(f"{path}: not the config.json of a run; choose another --out_dir")
             self._refuse_other(there)
         elif there.get("revision", now) != now:
-            before = f"revision {there['revision']} wrote {config.out_dir}, this is {now}"
-            tqdm.write(f"NOTE: {before}: other code continues its weights")
+            tqdm.write(f"NOTE: revision {there['revision']} wrote {config.out_dir}, this is {now}")
         try:
             os.makedirs(config.out_dir, exist_ok=True)
             self._lock = os.open(self.path(".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
             if self.damaged:
                 os.replace(self.path(PREVIOUS), self.damaged)
-            log.replace(path, json.dumps(asdict(config) | dict(revision=now), indent=1))
+            log.replace(path, self.config_json)
+            log.cut(self.path("log.jsonl"), self.step)
         except OSError as error:
             cause = f"{error.strerror}; choose another"
             if isinstance(error, BlockingIOError):
@@ -111,8 +111,8 @@ class RunDir:
         """Tell whether a checkpoint follows step `done` - 1: by epochs, by steps, at the end."""
         config = self.run.config
         steps = self.run.steps_per_epoch * config.save_every_epochs
-        is_by_step = config.save_every and done % config.save_every == 0
-        return done % steps == 0 or bool(is_by_step) or done == self.run.total
+        is_last = done == self.run.total
+        return is_last or done % steps == 0 or done % (config.save_every or steps) == 0
 
     def save_if_due(self, done, signal=0):
         """Save after `done` steps if that is due, or because a signal ends the run."""
@@ -128,13 +128,12 @@ class RunDir:
         tensors = [*run.network.state_dict().values(), *run.teacher.state_dict().values()]
         norms = torch._foreach_norm([x for x in tensors if x.is_floating_point()])
         if not torch.stack(norms).isfinite().all():
-            raise UsageError(
-                f"the weights are not finite at step {done}: {self.path('ckpt.pt')} holds the last "
-                "good state; use a lower --lr or --precision=fp32, and another --out_dir"
-            )
+            cause = f"the weights are not finite at step {done}"
+            raise UsageError(f"{cause}; {run.after_infinity()}")
         self.wait()
         checkpoint = dict(config=asdict(run.config), step=done, images=self.n_images) | run.state()
-        files = {CHECKPOINT: checkpoint, "backbone.pt": run.teacher.backbone.state_dict()}
+        # ckpt.pt last: when it is there, all is
+        files = {"backbone.pt": run.teacher.backbone.state_dict(), CHECKPOINT: checkpoint}
         if self.in_thread:
             files = to_host(files)  # the next step changes them in place
         if self.in_thread and not is_last:
@@ -155,6 +154,7 @@ class RunDir:
         """
         try:
             os.makedirs(self.run.config.out_dir, exist_ok=True)  # someone may have removed it
+            log.replace(self.path("config.json"), self.config_json)
             for name, content in files.items():
                 previous = self.path(PREVIOUS) if name == CHECKPOINT else ""
                 save_atomically(content, self.path(name), previous)
@@ -210,10 +210,10 @@ class RunDir:
         path = self.path("log.jsonl")
         try:
             log.append(path, numbers)
+            for board in self.boards:
+                board(numbers)
         except OSError as error:
             tqdm.write(f"WARNING: step {numbers['step']} is not in {path}: {error.strerror}")
-        for board in self.boards:
-            board(numbers)
 
     def records(self):
         """Return the lines of log.jsonl as dicts, on the main rank; [] if there is none."""

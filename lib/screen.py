@@ -47,7 +47,7 @@ def first_screen(run, step, train_set):
     ]
     if hasattr(run.network.backbone, "scan_backend"):
         lines.append(f"selective scan: {run.network.backbone.scan_backend(here.device)}")
-    lines += run.notes
+    lines += filter(None, run.notes)
     if step:
         lines.append(f"continuing {config.out_dir} at step {step} of {run.total}")
     elif config.init_from:

@@ -10,7 +10,7 @@ from lib.log import read_config
 
 import torch
 
-from model import BACKBONES, RESNETS, build_backbone
+from model import BACKBONES, RESNETS, build_backbone, ir_dims
 
 HEADS = ("head.", "fc.", "classifier.head.")  # published classifiers, DINO's projection head
 # some versions of VMamba save these as 1 x 1 convolutions
@@ -31,7 +31,7 @@ def load_backbone(path, part="teacher", ratio=None):
     state = _backbone_weights(checkpoint, part, path)
     config = checkpoint.get("config")
     beside = read_config(Path(path).parent) if Path(path).name == "backbone.pt" else {}
-    if not isinstance(config, dict) or "arch" not in config:  # none, or another program's
+    if not isinstance(config, dict) or str(config.get("arch")) not in BACKBONES:
         config = beside
     arch, facts = _recognize(state, path, config.get("arch"))
     if config.get("arch") != arch and config is not beside:
@@ -43,6 +43,7 @@ def load_backbone(path, part="teacher", ratio=None):
     if ratio is not None and config.setdefault("ratio", ratio) != ratio:
         raise UsageError(f"ratio={ratio}: {path} has ratio={config['ratio']}; remove it")
     backbone = build_backbone(arch, **facts)
+    ir_dims(backbone.dim, config.get("ratio", 1.0))
     counters = {name: x for name, x in backbone.state_dict().items() if name.endswith(COUNTER)}
     backbone.load_state_dict({**counters, **state}, strict=True)
     if machine.rank_and_world()[0] == 0:

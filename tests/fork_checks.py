@@ -324,7 +324,7 @@ def a_logger(given):
     with sqlite3.connect(run / "log.db") as db:
         found = {(step, name): value for step, name, value in db.execute("select * from log")}
     assert found.keys() == expected.keys() and (5, "L_Orth") in found and (5, "knn_full") in found
-    assert all(round(value, 6) == expected[key] for key, value in found.items())
+    assert all(float(f"{value:.7g}") == expected[key] for key, value in found.items())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """TensorBoard and Weights & Biases get what log.jsonl gets; stand-ins take their place here."""
 
+import errno
+import os
 import sys
 from types import ModuleType
 
@@ -89,6 +91,17 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path, monkeypatc
         folder_of(tmp_path, **options)
     assert not (tmp_path / "x").exists()
     assert boards.import_boards(tiny_config()) == []
+
+
+def test_a_board_on_a_full_disk_costs_its_line_only(tmp_path, capsys):
+    def board(numbers):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = folder_of(tmp_path)
+    folder.boards.append(board)
+    folder.log(step=1, epoch=0.2, loss=3.0)
+    assert folder.records() == [dict(step=1, epoch=0.2, loss=3.0)]
+    assert "WARNING: step 1 is not in" in capsys.readouterr().out
 
 
 def test_the_real_tensorboard_writes_a_file(tmp_path):

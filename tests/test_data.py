@@ -3,11 +3,13 @@
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 from lib import data, sources
 from lib.config import UsageError
-from lib.images import UNREADABLE, cache_in_ram, decode, limit_decode, subset
+from lib.images import UNREADABLE, cache_in_ram, decode, free_memory, limit_decode, subset
 from lib.rng import sample_seeds
 from lib.shapes import SHAPES, moving_shapes, shape_masks, shapes
 
@@ -75,6 +77,14 @@ def test_exif_rotation_and_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert color(tmp_path / "moving.gif")[0] > 240
+    first = decode(str(tmp_path / "moving.gif"))
+    assert first.untyped_storage().nbytes() == first.numel()  # no other frame stays in memory
+
+
+def test_a_dark_image_of_16_bits_stays_dark(tmp_path):
+    values = np.arange(200, dtype=np.uint16).reshape(10, 20)
+    (tmp_path / "dark.pgm").write_bytes(b"P5 20 10 65535\n" + values.byteswap().tobytes())
+    assert decode(str(tmp_path / "dark.pgm")).max() <= 1
 
 
 def photo(H, W, seed=0):
@@ -354,6 +364,22 @@ def test_training_data_is_checked_limited_and_cached(folder):
         config = tiny_config(data=str(folder), batch_size=size)
         with pytest.raises(UsageError, match=message):
             data.open_for_training(config, HERE._replace(world=world))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_split_needs_two_images(monkeypatch, n):
+    few = replace(shapes("train", 32, 4), labels=torch.zeros(n, dtype=torch.int64))
+    monkeypatch.setattr(data, "open_images", lambda *_: few)
+    with pytest.raises(UsageError, match=f"its train split holds {n} images, two are needed"):
+        data.open_splits("some")
+
+
+def test_free_memory_counts_what_the_page_cache_would_give_back(monkeypatch):
+    facts = "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    2000 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: facts)
+    assert free_memory(torch.device("cpu")) == 2000 * 1024
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 500 * 1024
 
 
 def test_shapes_are_a_function_of_seed_and_index():

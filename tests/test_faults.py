@@ -339,6 +339,8 @@ def test_a_folder_removed_during_the_run_is_made_again(folder, tmp_path, whole):
     )
     assert code == 0, errors
     assert_the_same_run(whole(), tmp_path / "run", log=False)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["ratio"] == 0.8  # for who reads backbone.pt
 
 
 # --- numbers

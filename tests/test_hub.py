@@ -49,6 +49,22 @@ def test_weights_without_a_split_need_the_ratio(tmp_path):
     assert widths(load(tmp_path / "x.pt", ratio=0.5)) == [64, 64]
 
 
+def test_a_ratio_that_cuts_nothing_is_refused(tmp_path):
+    path = str(tmp_path / "vit.pt")
+    torch.save(build_backbone("vit_nano", 16, 4).state_dict(), path)
+    for ratio in (80, 2.0, 0, -3):
+        with pytest.raises(ValueError, match="leaves one part"):
+            load(path, ratio=ratio)
+
+
+def test_another_programs_config_is_passed_over(tmp_path):
+    path = str(tmp_path / "vit.pt")
+    state = build_backbone("vit_nano", 16, 4).state_dict()
+    for theirs in (dict(arch="vit_nano_patch4"), dict(arch=None), dict(arch=["a"]), "text"):
+        torch.save(dict(state_dict=state, config=theirs), path)
+        assert load(path, ratio=0.8).config["arch"] == "vit_nano"
+
+
 def test_a_runs_backbone_finds_its_ratio_beside_it(tmp_path):
     torch.save(build_backbone("vit_micro", 32, 8).state_dict(), tmp_path / "backbone.pt")
     config = asdict(tiny_config(method="clever", ratio=0.25, img_size=32))

@@ -231,7 +231,7 @@ with machine.catch_signals() as pending:
         if number:
             assert number == signal.{name}
             print(f"rank {{here.rank}} left at {{step}}\\n", end="", flush=True)
-            machine.leave(number, step)
+            machine.leave(number, f"step {{step}}")
 """
     done = run_ranks(body, 2, tmp_path)
     assert sorted(filter(None, done.stdout.splitlines())) == [
@@ -261,13 +261,24 @@ def test_after_the_block_the_default_handlers_are_back():
     try:
         with machine.catch_signals() as pending:
             assert pending() == 0
-            os.kill(os.getpid(), signal.SIGINT)
-            assert pending() == signal.SIGINT
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+
+
+def test_a_signal_that_nobody_asks_for_ends_the_process_after_the_block(capsys):
+    """Such as one during the evaluation after the last step."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as leaving, machine.catch_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert leaving.value.code == 143
+    assert "stopped by SIGTERM after the last step; the same" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -134,7 +134,7 @@ def test_a_checkpoint_waits_for_the_one_before(steps, tmp_path, monkeypatch):
     folder.save(1)
     folder.save(2)
     first = gate.seen[: gate.seen.index("to_host", 1)]
-    files = ["save_atomically ckpt.pt", "save_atomically backbone.pt"]
+    files = ["save_atomically backbone.pt", "save_atomically ckpt.pt"]
     files = [what for file in files for what in (file, f"end of {file}")]
     assert set(first) == {"to_host", "end of to_host", *files} and len(first) == 6, gate.seen
     folder.save(3, is_last=True)
@@ -257,10 +257,13 @@ def test_late_lines_are_the_same_lines(images, tmp_path, monkeypatch, options, t
             continue
         steps = range(before + 1, line["step"] + 1)
         seconds = sum(n**2 for n in steps)  # a checkpoint or an evaluation does not count
-        assert line["img_per_s"] == round(len(steps) * 16 / seconds, 6)
-        assert line["data_wait"] == round(sum(steps) * 0.1 / seconds, 6)
+        assert line["img_per_s"] == pytest.approx(len(steps) * 16 / seconds, rel=1e-6)
+        assert line["data_wait"] == pytest.approx(sum(steps) * 0.1 / seconds, rel=1e-6)
         assert line["KL"] == pytest.approx(sum(steps) / len(steps) / 7, abs=1e-6)
-        assert line["lr"] == round(0.1 / line["step"], 6) and line["epoch"] == line["step"] / 5
+        assert (
+            line["lr"] == pytest.approx(0.1 / line["step"], rel=1e-6)
+            and line["epoch"] == line["step"] / 5
+        )
         before = line["step"]
 
 
@@ -290,7 +293,7 @@ def test_a_late_line_waits_for_the_next_or_for_a_stop(images, tmp_path, monkeypa
     assert [seen[n] for n in (10, 12, 13, 15)] == [[1, 4, 7, 10]] * 4
     assert set(waits) == {(1, 4), (4, 7), (7, 10), (10, 10)}  # nothing waits in between
     seconds = 8**2 + 9**2 + 10**2 + 50
-    assert log.lines()[-1]["img_per_s"] == round(3 * 16 / seconds, 6)
+    assert log.lines()[-1]["img_per_s"] == pytest.approx(3 * 16 / seconds, rel=1e-6)
 
 
 def test_too_many_skipped_steps_are_seen_a_window_late(images, tmp_path, monkeypatch):
@@ -312,7 +315,7 @@ def test_other_code_is_told_when_a_run_continues(steps, tmp_path, monkeypatch, c
     monkeypatch.setattr(rundir, "revision", lambda: "abc-dirty.2")
     RunDir.open(run, 80)
     told = capsys.readouterr().out
-    assert f"revision abc-dirty.1 wrote {tmp_path}, this is abc-dirty.2: other code" in told
+    assert f"revision abc-dirty.1 wrote {tmp_path}, this is abc-dirty.2" in told
     (tmp_path / "config.json").write_text("[1, 2]")  # what a checkpoint has is enough
     assert RunDir.open(run, 80).step == 1
 
@@ -357,6 +360,16 @@ def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(steps, tmp_path):
     assert refused >= 60 + 20
 
 
+def test_damage_in_the_first_bytes_is_damage(steps):
+    run, *_ = steps
+    RunDir(run, 80).save(1)
+    path, content = checkpoint_of(run)
+    for changed in [flipped(content, bit) for bit in range(32)] + [content[:n] for n in range(4)]:
+        path.write_bytes(changed)
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.read_checkpoint(path)
+
+
 def test_of_sixty_flipped_bits_in_the_weights_all_are_found(steps, tmp_path):
     run, *_ = steps
     RunDir(run, 80).save(1)
@@ -375,19 +388,52 @@ def test_of_sixty_flipped_bits_in_the_weights_all_are_found(steps, tmp_path):
             checkpoint.read_checkpoint(path)
 
 
-def test_a_file_that_cannot_be_read_is_not_damaged(steps, monkeypatch):
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), r"Input/output error; .*try again"),
+        (MemoryError(), "does not fit into memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not fit into"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_damaged(steps, monkeypatch, error, message):
     """The last checkpoint must not give way to the one before because a disk has failed once."""
     run, *_ = steps
     RunDir(run, 80).save(1)
     path, _ = checkpoint_of(run)
 
-    def fail(archive):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def fail(*given, **options):
+        raise error
 
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
-    with pytest.raises(UsageError, match=r"Input/output error; .*try again") as refusal:
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UsageError, match=message) as refusal:
         checkpoint.read_checkpoint(path)
     assert not isinstance(refusal.value, checkpoint.Damaged)
+
+
+def test_a_damaged_line_of_the_log_is_named(steps, tmp_path):
+    run, *_ = steps
+    folder = RunDir.open(run, 80)
+    for step in (1, 2):
+        folder.log(step=step, epoch=0.2, loss=3.1e-7)
+    path = tmp_path / "log.jsonl"
+    assert [line["loss"] for line in folder.records()] == [3.1e-7] * 2
+    path.write_bytes(path.read_bytes().replace(b'{"step": 2', b'\xff"step": 2'))
+    with pytest.raises(UsageError, match=r"log\.jsonl: not a log, or line 2 is damaged; remove"):
+        folder.records()
+
+
+def test_the_teachers_entropy_is_known_to_the_warnings_after_a_restart(steps, monkeypatch):
+    run, folder, _ = steps
+    seen = []
+    monkeypatch.setattr(monitor.Monitor, "_was_evaluated", lambda self, step: False)
+    monkeypatch.setattr(monitor.Monitor, "epoch_end", lambda self, done: seen.append(self.numbers))
+    monkeypatch.setattr(monitor, "first_screen", lambda *_: "")
+    folder.log(step=1, epoch=0.2, loss=3.0, H_ir=2.5)
+    folder.step = 1
+    images = sources.open_images(run.config.data, "train")
+    monitor.Monitor(run, images, None).begin(folder)
+    assert seen[0]["H_ir"] == 2.5
 
 
 def test_a_damaged_checkpoint_costs_one_interval(images, steps, tmp_path, capsys):
@@ -426,16 +472,25 @@ def test_without_a_previous_one_a_damaged_checkpoint_is_an_error(steps, tmp_path
         RunDir(run, 80).restore()
 
 
-def test_where_no_links_can_be_the_old_file_is_moved(tmp_path, monkeypatch):
+def test_where_no_links_can_be_the_old_file_is_copied(tmp_path, monkeypatch):
     path, previous = str(tmp_path / "ckpt.pt"), str(tmp_path / "ckpt.prev.pt")
 
     def refuse(*_):
         raise PermissionError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(checkpoint.os, "link", refuse)
+    real = os.replace
+    present = []
+
+    def replace(source, target):
+        real(source, target)
+        present.append(os.path.exists(path))
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
     for n in range(3):
         checkpoint.save_atomically(n, path, previous)
     assert (torch.load(path), torch.load(previous)) == (2, 1)
+    assert len(present) == 5 and all(present)  # a kill at any moment leaves a ckpt.pt
     assert sorted(os.listdir(tmp_path)) == ["ckpt.prev.pt", "ckpt.pt"]
 
 

@@ -90,7 +90,7 @@ ROOMS = {
     # of augment.py: its operations on pixels
     "lib/pixels.py": (80, set()),
     # of data.py: file -> image; data sets, folders, lists; small images on the device
-    "lib/images.py": (155, {"lib.processor"}),
+    "lib/images.py": (160, {"lib.processor"}),
     "lib/sources.py": (180, {"lib.images", "lib.machine", "lib.shapes"}),
     "lib/resident.py": (155, {"augment", "lib.images", "lib.processor"}),
     # of machine.py: device, precision, a GPU's streams and copies
@@ -112,7 +112,7 @@ ROOMS = {
     "lib/batchnorm.py": (105, set()),
     "lib/compiled.py": (120, {"lib.machine"}),
     # of rundir.py and results.py: text files
-    "lib/log.py": (45, set()),
+    "lib/log.py": (55, set()),
     # of rundir.py: TensorBoard, Weights & Biases
     "lib/boards.py": (60, set()),
     # of monitor.py and tools/plot.py: log.jsonl as a picture

@@ -448,6 +448,8 @@ def test_simsiam_needs_its_stop_gradient(monkeypatch, one_thread, precision):
         (dict(method="ddcl", local_crops=0, orth_views="student"), "student: not for ddcl"),
         (dict(method="simsiam", local_crops=0, orth_views="student"), "not for simsiam; remove"),
         (dict(method="dino", orth_views="student"), "orth_views=student: not for dino; remove"),
+        (dict(method="simsiam", local_crops=0, batch_size=1), "parts of one image"),
+        (dict(arch="resnet18", batch_size=17, max_batch_per_gpu=16), "batch norm needs two"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(options, message):
@@ -505,6 +507,16 @@ def test_collapse_metrics_take_lengths_and_directions_apart(folder):
     assert collapse.share_of_lengths(start, rotated) == {"share_ef": 0}
     assert collapse.share_of_lengths(start, start) == {}  # nothing has fallen
     assert collapse.share_of_lengths({"loss": 1.0}, first) == {}  # the log has lost its first line
+
+
+def test_collapse_metrics_of_the_students_own_views_are_of_what_the_loss_takes(folder):
+    images = sources.open_images(str(folder), "train")
+    run = train.make_run(tiny_config(orth_views="student", orth="dot"), 5, HERE)
+    _, batch = data.first_batch(images, run.config, 16, HERE)
+    found = collapse.metrics(run, batch)
+    views = run.views(batch._replace(local_crops=batch.local_crops[:, :0]))
+    terms, _, _ = train.distil(run, views, None)
+    assert found["dot_ef"] == pytest.approx(terms["L_Orth"].item(), rel=1e-4)
 
 
 def test_collapse_metrics_take_the_temperature_of_the_step_also_after_a_restart(folder, tmp_path):
@@ -610,6 +622,8 @@ def test_init_from_starts_a_new_schedule(folder, tmp_path):
         torch.load(tmp_path / "a" / "backbone.pt", weights_only=True),
     )
     assert_same(dict(run.teacher.state_dict()), dict(run.network.state_dict()))
+    with pytest.raises(UsageError, match=r"img_size=32.*; this run has .*img_size=64.*; set the"):
+        train.make_run(tiny_config(init_from=config.init_from, img_size=64), 5, HERE)
 
 
 # --- what a person sees

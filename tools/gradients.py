@@ -54,7 +54,8 @@ def lengths_of(saved):
     terms, _, logged = train.distil(run, run.views(batch), None)
     found = {}
     for term, value in terms.items():
-        loss = getattr(config, train.WEIGHTS.get(term, ""), 1.0) * value
+        weight = getattr(config, train.WEIGHTS[term]) if term in train.WEIGHTS else 1.0
+        loss = weight * value
         how = dict(retain_graph=True, materialize_grads=True)
         gradients = torch.autograd.grad(loss, list(run.trained.values()), **how)
         squares = dict.fromkeys(PARTS, 0.0)
