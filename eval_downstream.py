@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib import evalstate, evaluation, linear, machine, results, sources
+from lib import evalstate, evaluation, features, linear, machine, results, sources
 from lib.batchnorm import sync_batch_norm
 from lib.config import UsageError, configure, did_you_mean, option
 from lib.images import subset
@@ -61,8 +61,11 @@ class DownstreamConfig(linear.ClassifierConfig):
         self.refuse(others, f"--task={self.task}")
         self.mode = self.mode or entry.mode
         self.epochs = self.epochs or (200 if self.mode == "finetune" else 100)
+        super().__post_init__()
+        not_read = ["weight_decay"]
         if self.mode == "finetune":
-            self.refuse(["protocol"], "--mode=finetune")
+            not_read = ["protocol", "views", "lrs", "held_out"]
+        self.refuse(not_read, f"--mode={self.mode}")
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -201,11 +204,12 @@ def finetune(models, task, config, size, here, state):
                 state.write(rows=rows, which=which, **learnt)
             tests = linear.extract_tests(network, task.test, task.tests(seed), "test", **common)
             for test, (logits, y) in tests.items():
+                features.check_finite(logits, config.ckpt)
                 facts = dict(classifier="fine-tuned", lr=config.lr, test=test, seed=seed)
                 facts["save_correct"] = config.save_correct
                 right = logits.argmax(1) == y
                 rows.append(results.result_row(row, part, len(network.columns), right, **facts))
-            state.add(rows)
+            state.write(rows=rows, which=None)
     return rows
 
 
@@ -247,7 +251,7 @@ def main(argv):
     config.batch_size = evaluation.batch_size_of(config.batch_size, n_fit, here.world)
     about = f"{task.name}, {config.mode}, {config.epochs} epochs, batch {config.batch_size}"
     evaluation.announce(about, task, here)
-    protocol = results.protocol_of(config, models, task, size, here)
+    protocol = results.protocol_of(config, models, here, img_size=size, **task.facts())
     state = evalstate.EvalState(folder, protocol)
     learn = finetune if config.mode == "finetune" else linear.linear_probe
     rows = learn(models, task, config, size, here, state)

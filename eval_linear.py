@@ -68,6 +68,7 @@ class LinearConfig(linear.ClassifierConfig):
     # fmt: on
 
     def __post_init__(self):
+        super().__post_init__()
         if self.protocol == "ridge":
             self.untrained = True
             self.refuse(LINEAR_ONLY, "--protocol=ridge")
@@ -104,9 +105,7 @@ def main(argv):
         about += f", {config.held_out:.0%} held out, {config.epochs} epochs"
         about += f", batch {config.batch_size}"
     evaluation.announce(about, task, here)
-    protocol = results.protocol_of(config, models, task, size, here)
-    if is_ridge:
-        protocol = {name: protocol[name] for name in protocol if name not in LINEAR_ONLY}
+    protocol = results.protocol_of(config, models, here, img_size=size, **task.facts())
     state = evalstate.EvalState(folder, protocol)
     if is_ridge:
         given = (models, task.train, task.test, size, here, config.workers, config.seed)
@@ -121,4 +120,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    machine.run_main(main, "stopped; the same command continues after the last finished epoch")
+    machine.run_main(
+        main, "stopped; the same command continues after the last finished epoch (ridge: anew)"
+    )

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,15 +54,18 @@ class SegConfig(evaluation.EvalConfig):
     arch, img_size = "", 0  # not options: the checkpoint's
 
     def __post_init__(self):
+        self.refuse(["classes", "save_correct"], "segmentation")
         if self.task == "davis":
-            self.refuse(["image"], "--task=davis")
+            self.refuse(["image", "tau", "solver"], "--task=davis")
         else:
             self.refuse(["part"], "--task=saliency (TokenCut compares keys, not parts of z)")
+            self.refuse(["n_last", "radius", "topk", "temperature"], "--task=saliency")
 # fmt: on
 
 # --- TokenCut -------------------------------------------------------------------------------------
 
 TO_YUV = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+MOST = 10_000  # patches of an image: the graph's matrix has 0.8 GB then
 WEAK = 1e-5  # weight of the edge between dissimilar patches: it keeps the graph connected
 
 
@@ -464,7 +467,7 @@ def save_sheet(path, rows, height=170):
 
 
 def feature_map(backbone, x, kind="tokens"):
-    """Map x (1, 3, H, W) to (H / p, W / p, dim), p: the side of a patch, or 32.
+    """Map x (1, 3, H, W) to (H / p, W / p, dim), p: Setting.side.
 
     kind: a ViT's last block gives "tokens", "keys", or the CLS token's "attention" (dim: heads).
     Any other backbone gives its last map before pooling, which is coarse.
@@ -489,7 +492,8 @@ class Setting:
         self.here, models, self.trained, _, self.out = evaluation.start(config)
         self.config = config
         self.models = {model.row: model for model in models}  # all of one architecture
-        self.side = getattr(models[0].backbone, "patch_size", 32)  # of a cell of feature_map
+        stride = 8 if self.trained.get("stem") == "small" else 32
+        self.side = getattr(models[0].backbone, "patch_size", stride)  # of a cell of feature_map
         slices = {m.row: features.part_slices(m.backbone.dim, m.d_ir) for m in models}
         chosen = evaluation.chosen_parts(models, config.part, config.ckpt)
         self.parts = {(row, part): slices[row][part] for row, part in chosen}  # columns of z
@@ -570,6 +574,9 @@ def find_object(setting, photo, draw):
             tqdm.write(f"{photo.name}: mask of {w}x{h} resized to {W}x{H}, the image's size")
             truth = enlarge(truth, H, W) > 0.5
     sides = photo_sides(H, W, setting.config.size, setting.side)
+    n = math.prod(sides) // setting.side**2
+    if n > MOST:
+        raise UsageError(f"{photo.name}: {n} patches take too much memory; use --size=480")
     found, scores = {}, {}
     for row in setting.models:
         keys = setting.feature_map(row, image, sides, "keys").permute(2, 0, 1)
@@ -663,7 +670,7 @@ def propagate_masks(setting, video, first, n_objects):
     """Carry the mask first (H, W) through a video: yield image, truth, {(row, part): ids}."""
     config = setting.config
     # one grid for all frames: DAVIS has videos with frames of 853 and of 854 pixels
-    sides = frame_sides(*first.shape, config.size or 480, setting.side)
+    sides = frame_sides(*first.shape, config.size, setting.side)
     small = enlarge(first, *(side // setting.side for side in sides)).to(setting.here.device)
     labels = torch.stack([small == number for number in range(n_objects + 1)])
     options = (config.n_last, config.radius, config.topk, config.temperature)
@@ -689,6 +696,8 @@ def main(argv):
     here = setting.here
     if config.data == "shapes" and not config.image:
         config.size = config.size or min(4 * setting.trained["img_size"], 224)
+    elif config.task == "davis":
+        config.size = config.size or 480
     test = os.path.basename(os.path.normpath(config.image or config.data))
     where = f"{setting.trained['arch']}, {here.device.type} {here.precision}"
     print(f"{config.task} of {test}, {' and '.join(setting.models)}, {where}", flush=True)
@@ -696,7 +705,7 @@ def main(argv):
     seconds = time.perf_counter() - began
     if rows:
         print("", *results.table_lines(rows), sep="\n")
-    protocol = asdict(config) | dict(precision=here.precision)
+    protocol = results.protocol_of(config, list(setting.models.values()), here)
     path = os.path.join(setting.out, "results.json")
     results.append_results(path, config.task, protocol, seconds, details + rows)
     print(f"{seconds:.0f} s; masks/, pictures/ and results.json are in {setting.out}")

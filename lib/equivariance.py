@@ -226,7 +226,11 @@ def ridge_protocol(models, train, val, size, here, workers=0, seed=0, parameters
     on_views, shares = equivariance_rows(models, train if parameters else None, val, *given)
     order = [model.row for model in models]
     rows = sorted([*rows, *on_views], key=lambda row: order.index(row["row"]))
-    return [*rows, *features.chance_rows(len(val.classes), len(val), seed)], verdict(shares)
+    sentences = verdict(shares)
+    white = [row for row in on_views if row["metric"] == "view share, whitened"]
+    if any(row["n"] * VIEWS <= row["dims"] for row in white):
+        sentences.append("ignore the whitened shares: there are fewer views than dimensions")
+    return [*rows, *features.chance_rows(len(val.classes), len(val), seed)], sentences
 
 
 def equivariance_rows(models, train, val, size, here, workers=0, seed=0):

@@ -1,5 +1,6 @@
 """How classifiers train, and the state from which an interrupted evaluation continues."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -7,24 +8,33 @@ from pathlib import Path
 from lib import data, features, machine
 from lib.checkpoint import digest, read_checkpoint, save_atomically
 from lib.config import UsageError
+from lib.results import revision
 
 import torch
 
 MACHINE = ("workers", "device", "out", "data_root", "download")  # options that change no number
-NAMES = {"rows", "which", "epoch", "module", "optimizer", "scheduler"}  # of what is written
 
 
 class EvalState:
     """The file beside results.json from which an interrupted evaluation continues.
 
-    protocol: of protocol_of; its digest in the file's name tells the evaluation from others.
+    protocol: of protocol_of. Its digest, with the revision, in the file's name tells the evaluation
+    from others. UsageError if another process does the same one.
     """
 
     def __init__(self, folder, protocol):
         differs = {name: value for name, value in protocol.items() if name not in MACHINE}
+        differs["commit"] = revision()
         name = digest([json.dumps(differs, sort_keys=True).encode()])
         self.path = os.path.join(folder, f"{protocol['task']}-{name}.partial.pt")
         self.is_main = machine.rank_and_world()[0] == 0
+        if self.is_main:
+            self.lock = os.open(f"{self.path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            except OSError:
+                fix = "wait until it ends, or give another --out"
+                raise UsageError(f"{self.path}: another evaluation writes it; {fix}") from None
 
     def read(self):
         """Return the finished rows, and the state written last: the same on all ranks.
@@ -35,27 +45,20 @@ class EvalState:
         state = machine.broadcast(read_checkpoint(self.path) if is_read else None)
         if state is None:
             return [], {}
-        if not isinstance(state, dict) or state.keys() != NAMES:
-            raise UsageError(f"{self.path}: not the state of an evaluation; remove it")
         if self.is_main:
             print(f"continuing {self.path}", flush=True)
-        self.last = state
         return state["rows"], state
 
     def write(self, **state):
-        """Write NAMES: the finished rows; which module has trained for how many epochs, and it."""
-        self.last = state
+        """Write rows, the finished ones; which: the module that trains, None; its CosineSGD's."""
         if self.is_main:
             save_atomically(state, self.path)
-
-    def add(self, rows):
-        """Write the last state again, with more finished rows: a module's tests are done."""
-        self.write(**self.last | dict(rows=rows))
 
     def remove(self):
         """Remove the file: the evaluation is finished."""
         if self.is_main:
             Path(self.path).unlink(missing_ok=True)
+            Path(f"{self.path}.lock").unlink(missing_ok=True)
 
 
 class CosineSGD:

@@ -1,6 +1,5 @@
 """What all evaluations start from: options, models and their parts, data."""
 
-import math
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,8 +42,11 @@ class EvalConfig:
     out: str = option("", "folder for results.json; default: the checkpoint's")
     # fmt: on
 
+    unused = ()  # options that this evaluation does not read
+
     def refuse(self, names, where):
         """Raise UsageError if one of the options `names` is given, which are not for `where`."""
+        self.unused = (*self.unused, *names)
         for name in names:
             value = getattr(self, name)
             if value != getattr(type(self), name):
@@ -146,6 +148,8 @@ def data_of(config, trained):
     classes = config.classes
     if not classes and source not in (*sources.COUNTS, *sources.TORCHVISION):
         classes = trained.get("classes", "")
+        if classes and machine.rank_and_world()[0] == 0:
+            print(f"classes of the checkpoint's {classes}; --classes=all: every class folder")
     return source, "" if config.classes == "all" else classes
 
 
@@ -158,11 +162,11 @@ def announce(what, task, here):
 
 
 def batch_size_of(batch_size, n, world):
-    """Return the global batch: batch_size; if n is less, n, a multiple of 8 if possible."""
+    """Return the global batch: batch_size; if there are only n images, n or a multiple of 8."""
     if n < 1:
         raise UsageError("too few images: none is left to train on, one is held out; give more")
-    batch = min(batch_size, n // 8 * 8 or n)
+    batch = batch_size if batch_size <= n else n // 8 * 8 or n
     if batch % world:
-        fix = f"use --batch_size={math.ceil(batch / world) * world} or another number of ranks"
+        fix = f"use --batch_size={batch // world * world} or fewer ranks"
         raise UsageError(f"batch_size={batch} does not divide among {world} ranks: {fix}")
     return batch

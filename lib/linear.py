@@ -42,6 +42,10 @@ class ClassifierConfig(EvalConfig):
     seeds: int = option(1, "repeat with seed, seed + 1, ...: mean and standard deviation", 1, 1000)
     # fmt: on
 
+    def __post_init__(self):
+        if self.protocol != "fast":
+            self.refuse(["views"], f"--protocol={self.protocol}")
+
 
 class Representation(nn.Module):
     """Frozen backbones side by side: x (B, 3, H, W) -> (B, dim), each model's features.
@@ -147,6 +151,11 @@ class Task(NamedTuple):
     label: Callable  # (sample seeds (B,), labels (B,)) -> (B,): what `view` makes of the labels
     tests: Callable  # seed -> [(test, transform of center crops, label; None: the image's own)]
     chosen_on: Callable  # the same: what chooses the learning rate, on the held-out slice
+
+    def facts(self):
+        """Return what results.json tells of a task."""
+        counts = dict(train_n=len(self.train), test_n=len(self.test), classes_n=self.n_classes)
+        return dict(task=self.name) | counts
 
 
 def flipped(crops, seeds):
@@ -315,5 +324,5 @@ def linear_probe(models, task, config, size, here, state, knn=False):
             begun = unfinished if unfinished.get("which") == seed else {}
             classifiers = probe.fit(subset(task.train, fit), seed, state, rows, begun)
             rows += probe.rows(classifiers, subset(task.train, held), seed, knn)
-            state.add(rows)
+            state.write(rows=rows, which=None)
     return rows

@@ -34,8 +34,8 @@ def records(path):
     with open(path, errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                found += [json.loads(line)] if line.endswith("\n") else []
-            except ValueError:
+                found += [dict(json.loads(line))] if line.endswith("\n") else []
+            except (ValueError, TypeError):
                 raise UsageError(
                     f"{path}: not a log, or line {number} is damaged; remove the line"
                 ) from None

@@ -119,12 +119,12 @@ def append_results(path, task, protocol, seconds, rows):
     log.replace(path, json.dumps(runs, indent=1))
 
 
-def protocol_of(config, models, task, size, here):
-    """Return what results.json tells of an evaluation: options, weights, how many images."""
-    facts = dict(task=task.name, img_size=size, precision=here.precision)
-    facts |= dict(classes_n=task.n_classes, train_n=len(task.train), test_n=len(task.test))
+def protocol_of(config, models, here, **facts):
+    """Return what results.json tells of an evaluation: its options, weights and `facts`."""
+    used = {name: value for name, value in asdict(config).items() if name not in config.unused}
     weights = {model.row: digest_of_weights(model.backbone) for model in models}
-    return asdict(config) | facts | dict(arch=models[-1].trained["arch"], weights=weights)
+    facts |= dict(arch=models[-1].trained["arch"], precision=here.precision, weights=weights)
+    return used | facts
 
 
 def finish(state, protocol, seconds, rows, more=()):
@@ -133,7 +133,7 @@ def finish(state, protocol, seconds, rows, more=()):
     if state.is_main:
         print("", *table_lines([*rows, *more]), "", sep="\n")
         best = [row for row in rows if row.get("classifier") == "linear, chosen lr"]
-        rates = dict.fromkeys(f"{row['row']} {row['part']} {row['lr']:g}" for row in best)
+        rates = dict.fromkeys("{row} {part} {lr:g} (seed {seed})".format(**row) for row in best)
         if rates:
             print(f"chosen learning rates: {', '.join(rates)}")
         append_results(path, protocol["task"], protocol, seconds, rows)

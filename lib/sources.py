@@ -99,7 +99,8 @@ def _labeled_folder(folder, class_file):
     missing = [name for name in classes if name not in there]
     if missing:
         why = f"{len(missing)} of the {len(classes)} classes of {class_file} are not there"
-        raise UsageError(f"{folder}: {why}, such as {missing[0]}; fix the list or the folder")
+        fix = "fix the list or the folder; an evaluation also takes --classes=all"
+        raise UsageError(f"{folder}: {why}, such as {missing[0]}; {fix}")
     if not classes:
         fix = f"sort its images into {folder}/CLASS/, or give the folder itself as --data"
         raise UsageError(f"{folder}: holds no class folders; {fix}")

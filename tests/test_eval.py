@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 
-from lib import data, evalstate, linear, results, sources
+from lib import data, evalstate, evaluation, linear, results, sources
 from lib.checkpoint import save_atomically
 from lib.config import UsageError
 from lib.evaluation import Model
@@ -383,7 +383,7 @@ def test_pets_and_food_are_read_in_their_true_formats(tmp_path):
     assert test.labels.tolist() == [0, 1]
     assert test.read(0).shape == (3, 32, 32)
     (tmp_path / "food-101" / "meta" / "test.json").write_text('{"pie": [], "ramen": []}')
-    with pytest.raises(UsageError, match="val split holds no images"):
+    with pytest.raises(UsageError, match="val split holds 0 images"):
         data.open_splits("food101", root=str(tmp_path))
     (tmp_path / "food-101" / "meta" / "test.json").write_text('{"pie": ["pie/77"], "ramen": []}')
     with pytest.raises(UsageError, match="1 of 1 images are missing"):
@@ -528,14 +528,14 @@ def test_an_interrupted_evaluation_continues_to_the_same_numbers(
 
     def write(self, **state):
         real(self, **state)
-        writes.append(state["epoch"])
+        writes.append(state.get("epoch"))
         if len(writes) == cut_after:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evalstate.EvalState, "write", write)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "cut")
-    assert writes[-1] == min(cut_after, 4)
+    assert writes == [1, 2, 3, 4, None][:cut_after]
     assert len(list((tmp_path / "cut").glob("*.partial.pt"))) == 1
     assert not (tmp_path / "cut" / "results.json").exists()
     monkeypatch.undo()
@@ -640,6 +640,36 @@ def test_fine_tuning_moves_the_whole_network_and_leaves_the_model_alone(
     assert made[0].classifier.in_features == 486
 
 
+def test_a_network_that_diverged_in_the_last_step_gives_no_row(
+    run_folder, folder, tmp_path, monkeypatch
+):
+    def train_network(network, *_):
+        with torch.no_grad():
+            network.classifier.bias.fill_(torch.nan)
+        yield {}
+
+    monkeypatch.setattr(eval_downstream, "train_network", train_network)
+    given = [f"--ckpt={run_folder}/clever/ckpt.pt", f"--data={folder}", f"--out={tmp_path}"]
+    with pytest.raises(UsageError, match="not finite"):
+        eval_downstream.main([*given, "--task=folder", "--part=full", *QUICK])
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given, n, world, batch", [(16, 100, 1, 16), (98, 100, 1, 98), (98, 50, 1, 48), (98, 7, 1, 7)]
+)
+def test_the_batch_is_as_asked_if_there_are_so_many_images(given, n, world, batch):
+    assert evaluation.batch_size_of(given, n, world) == batch
+
+
+def test_the_advice_for_a_batch_that_does_not_divide_works():
+    with pytest.raises(UsageError, match="use --batch_size=15 or fewer ranks"):
+        evaluation.batch_size_of(16, 22, 3)
+    assert evaluation.batch_size_of(15, 22, 3) == 15
+    with pytest.raises(UsageError, match="too few images"):
+        evaluation.batch_size_of(16, 0, 1)
+
+
 LINEAR_MISTAKES = [  # options, the one line's text
     ("", "no checkpoint given"),
     ("--ckpt=/nowhere.pt", "No such file"),
@@ -660,12 +690,15 @@ LINEAR_MISTAKES = [  # options, the one line's text
     ("--lrs=0.1", "a list of one number: 0.1,"),
     ("--ckpt={clever} --protocol=ridge --epochs=3", "epochs=3: not for --protocol=ridge; remove"),
     ("--ckpt={clever} --answers=True", "did you mean 'save_correct'?"),
+    ("--ckpt={clever} --views=9", "views=9: not for --protocol=paper; remove it"),
 ]
 DOWNSTREAM_MISTAKES = [
     ("--ckpt={clever}", "choose from semi1"),
     ("--ckpt={clever} --task=semi100", "did you mean 'semi10'?"),
     ("--ckpt={clever} --task=semi10 --subset_list=/nowhere", "No such file"),
     ("--ckpt={clever} --task=folder", "give --data=FOLDER"),
+    ("--ckpt={clever} --task=semi10 --held_out=0.2", "held_out=0.2: not for --mode=finetune"),
+    ("--ckpt={clever} --task=semi10 --mode=linear --weight_decay=1", "not for --mode=linear"),
     ("--ckpt={clever} --task=pets --data_root=/nowhere", "use --download=True"),
     ("--ckpt={clever} --task=cub200", "unpacked archive"),
     ("--ckpt={clever} --task=cub200 --data={folder}", "no images.txt in it"),

@@ -1,7 +1,9 @@
 """Features, kNN and ridge classifiers against reference implementations; opening models; tables."""
 
 import json
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 from lib import checkpoint, evalstate, evaluation, features, machine, results, sources, weights
@@ -287,7 +289,7 @@ def test_a_table_has_a_line_for_each_row_and_a_column_for_each_test():
     ]
 
 
-def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
+def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path, monkeypatch):
     protocol = dict(task="linear", lr=0.1, lrs=(0.1, 0.2), workers=8, out="")
     state = evalstate.EvalState(str(tmp_path), protocol)
     assert state.read() == ([], {})
@@ -299,9 +301,17 @@ def test_the_state_of_an_evaluation_is_found_again_by_its_protocol(tmp_path):
     assert rows == [dict(row="a", value=1.0)] and begun["epoch"] == 3
     other = evalstate.EvalState(str(tmp_path), protocol | dict(lr=0.2))
     assert other.read() == ([], {})
-    again.write(**written)
-    with pytest.raises(UsageError, match="remove it"):
-        again.read()
+    other.remove()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as pool:
+        again_there = pool.submit(evalstate.EvalState, str(tmp_path), protocol)
+        with pytest.raises(UsageError, match="another evaluation writes it"):
+            again_there.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(evalstate, "revision", lambda: "newer")  # its rows would be of other code
+        newer = evalstate.EvalState(str(tmp_path), protocol)
+        assert newer.read() == ([], {})
+        newer.remove()
     results.finish(again, protocol, 1.5, [dict(row="a", part="", dims=1, metric="top1", value=1.0)])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     [run] = results.read_results(str(tmp_path / "results.json"))

@@ -618,11 +618,19 @@ def test_only_what_cannot_be_read_is_skipped(ckpt, tmp_path, task):
         eval_seg.main([f"--ckpt={tmp_path}/ckpt.pt", f"--task={task}"])
 
 
+def test_a_photo_with_too_many_patches_is_refused(ckpt, tmp_path):
+    torchvision.io.write_png(torch.zeros(3, 1000, 1000, dtype=torch.uint8), f"{tmp_path}/a.png")
+    with pytest.raises(UsageError, match="patches take too much memory; use --size=480"):
+        eval_seg.main([f"--ckpt={ckpt}", f"--image={tmp_path}/a.png", f"--out={tmp_path}"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "vmamba_micro"])
-def test_maps_of_other_backbones(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, stem", [("resnet18", "imagenet"), ("resnet18", "small"), ("vmamba_micro", "imagenet")]
+)
+def test_maps_of_other_backbones(name, stem, tmp_path, capsys):
     torch.manual_seed(0)
-    torch.save(build_backbone(name).state_dict(), tmp_path / "weights.pt")
+    torch.save(build_backbone(name, stem=stem).state_dict(), tmp_path / "weights.pt")
     frames, ids = shapes.moving_shapes(0, 192, frames=4)
     write_davis(tmp_path / "DAVIS", "moves", frames, ids)
     result, _ = run(
@@ -660,7 +668,9 @@ def test_maps_of_other_backbones(name, tmp_path, capsys):
         ),
         (["CKPT", "--data=nowhere"], "name them img/ and gt/"),
         (["CKPT", "--image=nowhere.jpg"], "none of 1 could be read"),
-        (["CKPT", "--topk=0"], "must be between"),
+        (["CKPT", "--task=davis", "--topk=0"], "must be between"),
+        (["CKPT", "--task=davis", "--tau=0.5"], "tau=0.5: not for --task=davis"),
+        (["CKPT", "--save_correct=True"], "save_correct=True: not for segmentation"),
         (["CKPT", "--out=nowhere"], "no such folder"),
     ],
 )

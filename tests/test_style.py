@@ -73,7 +73,7 @@ ROOMS = {
     "lib/features.py": (250, {"augment", "lib.data", "lib.processor", "lib.results"}),
     # of features.py: the models of an evaluation, and its options
     "lib/evaluation.py": (
-        155,
+        160,
         {
             "model",
             "vmamba",
@@ -136,7 +136,10 @@ ROOMS = {
     # of weights.py and results.py: files that survive
     "lib/checkpoint.py": (110, set()),
     # of linear.py: how classifiers train, and continue after an interruption
-    "lib/evalstate.py": (100, {"lib.checkpoint", "lib.data", "lib.features", "lib.machine"}),
+    "lib/evalstate.py": (
+        100,
+        {"lib.checkpoint", "lib.data", "lib.features", "lib.machine", "lib.results"},
+    ),
 }
 OVER = 1.1  # a budget may be exceeded by this factor, but for train.py
 READ_IN_ONE_SITTING = {"losses.py", "model.py", "train.py"}  # under 650 lines together

@@ -171,7 +171,7 @@ def scores_of(path):
             if name in found:
                 raise UsageError(
                     f"{path}: holds two rows of {', '.join(name)}; run each evaluation of a seed "
-                    "once, or with another --out"
+                    "once, with --seeds=1, or with another --out"
                 )
             found[name] = scores
     return found

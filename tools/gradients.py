@@ -92,6 +92,8 @@ def main(argv):
     paths = sorted(glob.glob(os.path.join(config.runs, CHECKPOINT)))
     if not paths:
         raise UsageError(f"runs={config.runs!r}: no ckpt.pt there; use --runs=out/demo")
+    if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
+        raise UsageError(f"json={config.json}: its folder does not exist; create it")
     runs = {}
     for path in tqdm(paths, leave=False):
         saved = read_checkpoint(path)
