@@ -206,9 +206,9 @@ def finetune(models, task, config, size, here, state):
             for test, (logits, y) in tests.items():
                 features.check_finite(logits, config.ckpt)
                 facts = dict(classifier="fine-tuned", lr=config.lr, test=test, seed=seed)
-                facts["save_correct"] = config.save_correct
+                where = row, part, len(network.columns)
                 right = logits.argmax(1) == y
-                rows.append(results.result_row(row, part, len(network.columns), right, **facts))
+                rows.append(results.result_row(*where, right, config.save_correct, **facts))
             state.write(rows=rows, which=None)
     return rows
 

@@ -1,8 +1,8 @@
 """Linear, kNN and ridge probes of frozen backbones: the paper's main tables (its section 4).
 
     python eval_linear.py --ckpt=out/in100_clever/ckpt.pt --data=/path/to/imagenet
-    python eval_linear.py --ckpt=out/demo/ckpt.pt --protocol=fast       (a minute)
-    python eval_linear.py --ckpt=out/demo/ckpt.pt --protocol=ridge      (seconds)
+    python eval_linear.py --ckpt=out/demo/ckpt.pt --protocol=fast       (one minute)
+    python eval_linear.py --ckpt=out/demo/ckpt.pt --protocol=ridge      (two minutes)
     python eval_linear.py --ckpt=A/ckpt.pt --compare=B/ckpt.pt --untrained=True --seeds=5
 
 paper: linear classifiers on new random crops in each epoch, tested on clean and perturbed images.

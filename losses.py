@@ -96,8 +96,8 @@ def ddcl_orthogonality(predictions, projections, kind="cosine", mean_over_ranks=
     """L_Orth of DDCL = |m|, m the mean over all images of (h(p_1, sg z_2) + h(p_2, sg z_1)) / 2.
 
     h is the 'cosine' (DDCL's scripts) or the 'dot' product (the paper). The absolute value is of
-    the mean: without it the loss would reward opposite views. Each of several ranks returns its
-    share of m times the sign of the whole m, so that their average is the loss of one process.
+    the mean: without it the loss would reward opposite views. One process returns |m|. Each of
+    several ranks returns its share of m times the sign of the whole m: their average is |m|.
     """
     p = at_least_fp32(predictions)
     z = at_least_fp32(projections).detach().flip(0)

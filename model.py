@@ -205,6 +205,9 @@ def build_backbone(name, img_size=224, patch_size=16, drop_path=0.0, stem="image
 @torch.no_grad()
 def check_contract(backbone, name):
     """Raise UsageError unless z depends on x and the weights only: no random teacher."""
+    for attribute in ("dim", "stride"):
+        if not hasattr(backbone, attribute):
+            raise UsageError(f"backbone {name}: has no .{attribute}; set it in model.py")
     side = backbone.stride * math.ceil(32 / backbone.stride)
     x = torch.linspace(-1, 1, 6 * side**2).view(2, 3, side, side)
     trial = copy.deepcopy(backbone).train()  # a copy: batch norm's running means would move

@@ -52,23 +52,24 @@ def distil(run, views, scale):
         teacher = run.teacher(views[:1])  # z_ir, z_ef; ir, ef: unit vectors (2, B, bottleneck)
     student = run.student(views, scale)  # the same of all V views
 
-    def head_loss(kind, name, net=run.teacher, targets=teacher, temp=run.teacher_temp):
-        layers = [side.heads[name].last_layer for side in (run.network, net)]
-        pair = getattr(student, name), layers[0], getattr(targets, name)[:2], layers[1]
-        center = run.centers[name] * (net is run.teacher)  # only the teacher's logits have one
-        given = losses.PAIR_TERMS[kind], *pair, center, (config.student_temp, temp)
+    def head_loss(kind, name):
+        ours = getattr(student, name), run.network.heads[name].last_layer
+        targets = getattr(teacher, name), run.teacher.heads[name].last_layer
+        center, temp = run.centers[name], run.teacher_temp
+        if name == "ef" and config.orth_views == "student":  # of its own, without a center
+            targets = ours[0][:2], ours[1]
+            center, temp = torch.zeros_like(center), config.student_temp
         compute = fused.prototype_loss if config.fused else fused.plain_loss
-        return compute(*given, config.loss_chunk)  # -> loss, mean logits (K,), entropy of targets
+        given = *ours, *targets, center, (config.student_temp, temp), config.loss_chunk
+        return compute(losses.PAIR_TERMS[kind], *given)  # -> loss, targets' mean logits, entropy
 
     # L_CL: ir agrees between the views of an image
     terms["L_CL"], means["ir"], entropy = head_loss("cross-entropy", "ir")
     logged = {"H_ir": entropy, "KL": terms["L_CL"].detach() - entropy}  # KL: still to learn
     # L_Orth: ef differs between them; L_PReg: and not because its head shrinks to nothing
     if student.ef is not None:
-        own = (run.network, student, config.student_temp) if config.orth_views == "student" else ()
-        terms["L_Orth"], means["ef"], logged["H_ef"] = head_loss(config.orth, "ef", *own)
-        heads = run.network.head_ir, run.network.head_ef
-        terms["L_PReg"] = losses.projection_regularization(*heads)
+        terms["L_Orth"], means["ef"], logged["H_ef"] = head_loss(config.orth, "ef")
+        terms["L_PReg"] = losses.projection_regularization(*run.network.heads.values())
     return terms, means, logged
 
 
@@ -99,7 +100,7 @@ WEIGHTS = {"L_CL": "alpha", "L_Orth": "beta", "L_PReg": "lambda_preg"}  # loss t
 def backward(run, batch):
     """Add up the gradients of a rank's share, in parts if it is too large.
 
-    Returns the means over the share: what to log (0-dim), the teacher's logits of each head (K,).
+    Returns the means over the share: what to log (0-dim), the targets' logits of each head (K,).
     """
     config = run.config
     logged, teacher_means = defaultdict(float), defaultdict(float)
@@ -111,8 +112,7 @@ def backward(run, batch):
 
         # L = alpha L_CL + beta L_Orth + lambda L_PReg + any other term, which weighs 1 unless
         # WEIGHTS names its option; ranks exchange gradients once
-        is_last = i == len(parts) - 1
-        with nullcontext() if is_last or run.here.world == 1 else run.student.no_sync():
+        with run.student.no_sync() if run.here.world > 1 and i + 1 < len(parts) else nullcontext():
             with run.here.autocast():
                 terms, means, more = METHODS[config.method][0](run, views, scale)
             weight = {n: getattr(config, WEIGHTS[n]) if n in WEIGHTS else 1.0 for n in terms}

@@ -18,7 +18,7 @@ def metrics(run, batch):
 
     norm_*: of a head's parameters. std_proj_*, rank_proj_*: features.std_and_rank of its output
     (in front of prototypes). cos_*: mean |cosine| of two views' outputs. dot_ef: mean |product| of
-    the vectors that L_Orth takes (teacher's and student's probabilities, or projections and
+    the vectors that L_Orth takes (targets' and student's probabilities, or projections and
     predictions), lengths_ef: the mean product of their lengths. dot_ef can fall because vectors
     rotate or because they shrink; share_of_lengths tells which. The same on every rank.
     """
@@ -80,7 +80,7 @@ def warnings(numbers, config):
     """Yield a warning for each sign of collapse in numbers (last logged and evaluated)."""
     fixes = {
         "ir": "lower teacher_temp or lr, or train longer",
-        "ef": "this alone lowers L_Orth to 1/K, so ef learns little; raise beta or lower "
+        "ef": "this is a trivial solution of L_Orth, so ef learns little; raise beta or lower "
         "lambda_preg",
     }
     norms = {}
@@ -89,8 +89,9 @@ def warnings(numbers, config):
         gains = K if f"H_{head}" in numbers else 0  # of a prototype head, fixed: 1 each
         norms[head] = math.sqrt(max(numbers.get(f"norm_{head}", 0) ** 2 - gains, 0))
         if entropy > 0.99 * math.log(K):
+            whose = config.orth_views if head == "ef" else "teacher"
             yield (
-                f"the teacher's {head} output is almost uniform (entropy {entropy:.3f} of ln K = "
+                f"the {whose}'s {head} output is almost uniform (entropy {entropy:.3f} of ln K = "
                 f"{math.log(K):.3f}): {fixes[head]}"
             )
     for part in ("full", "ir", "ef"):

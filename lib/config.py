@@ -155,7 +155,7 @@ def configure(cls, argv, **choices):
 
 
 def check(config, **choices):
-    """Raise UsageError for an option outside its bounds or choices. A default is always right."""
+    """Raise UsageError for an option outside its bounds or choices. Defaults are not checked."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         names = choices.get(name) or field.metadata["choices"]
@@ -193,7 +193,7 @@ def help_text(cls, from_file=(), **choices):
         head = f"  --{field.name}={value}{star}".ljust(33) + " "
         line = textwrap.fill(about, 100, initial_indent=head, subsequent_indent=" " * 34)
         groups[group] = groups.get(group, f"\n{group}") + f"\n{line}"
-    usage = "Usage: [config.py | --config=out/x/config.json] [--key=value | --key value ...]"
+    usage = "Usage: [FILE.py | --config=FILE.json] [--key=value | --key value ...]"
     about = [inspect.cleandoc(cls.__doc__), usage]
     about += ["* set by the config file, not the default"] if from_file else []
     return "\n".join([*about, *groups.values()])

@@ -223,14 +223,14 @@ def ridge_rows(models, train, val, size, here, workers=0, seed=0, save_correct=F
         whole = [torch.cat(z), torch.cat(val_z[:4]), val_z[4]]
         parts = part_slices(model.backbone.dim, model.d_ir, matched=True)
         for part, columns in parts.items():
-            z, val_z, ro_z = (x[:, columns] for x in whole)  # of 4 turns, 4 turns, rotated
-            clean = z[: len(train)], y
-            tests = [(val_z[: len(val)], val_y), (ro_z, val_y)]
+            turns, val_turns, rotated = (x[:, columns] for x in whole)
+            clean = turns[: len(train)], y
+            tests = [(val_turns[: len(val)], val_y), (rotated, val_y)]
             right = ridge_correct(*clean, tests)
-            right += ridge_correct(z, y_turns, [(val_z, val_y_turns)])
+            right += ridge_correct(turns, y_turns, [(val_turns, val_y_turns)])
             right += [knn_correct(*clean, *test) for test in tests]
             for (metric, test), of_test in zip(RIDGE_TESTS.items(), right):
-                where = model.row, part, z.shape[1], of_test, save_correct
+                where = model.row, part, turns.shape[1], of_test, save_correct
                 rows.append(result_row(*where, test=test, metric=metric, seed=seed))
     return rows
 

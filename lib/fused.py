@@ -97,7 +97,7 @@ def _value(term, targets, logits, temp, pairs):
 def _differentiate(value_of, term, q, logits, scales):
     """Return the value of a chunk's logits (V, b, K) and replace them by its gradient.
 
-    One view at a time. If the term is linear in q, a local view is compared with q_0 + q_1 once.
+    One view at a time: a global one with the other one's target, a local one with both targets.
     """
     total = 0
     local = [q[0] + q[1]] if term in losses.LINEAR_IN_Q else [q[0], q[1]]

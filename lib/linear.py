@@ -70,7 +70,8 @@ class Representation(nn.Module):
             n = 1 if mean_patch else min(blocks, depth)
             rows = torch.arange((n + mean_patch) * model.backbone.dim).view(n + mean_patch, -1)
             rows += self.dim  # a row for each block; vit_base: CLS, mean patch
-            uncut = n - 1 if cut == "last" else 0  # blocks that belong to ir completely
+            # earlier blocks, if uncut: all columns go to full and ir, none to ef
+            uncut = n - 1 if cut == "last" else 0
             for part, columns in features.part_slices(model.backbone.dim, model.d_ir).items():
                 whole = rows[: 0 if part == "ef" else uncut].flatten()
                 is_part = torch.cat([whole, rows[uncut:, columns].flatten()])

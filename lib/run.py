@@ -60,7 +60,7 @@ class Run:
         is_vit = hasattr(network.backbone, "tokens")
         torch.backends.cudnn.benchmark = device.type == "cuda" and not is_vit
 
-        self.notes = [line, *notes_of_short_runs(config)]  # for the first screen
+        self.notes = [line, *notes_of_short_runs(config, has_teacher)]  # for the first screen
         config.device = device.type
         config.precision = here.precision
 
@@ -180,13 +180,13 @@ def check_method(network, has_teacher, config, world):
         raise UsageError(f"batch_size={config.batch_size}: {cause}, and {fix}")
 
 
-def notes_of_short_runs(config):
+def notes_of_short_runs(config, has_teacher):
     """Shorten a warm-up that would fill the run. Yield what to tell of it."""
     if config.warmup_epochs >= config.epochs:
         shorter = config.epochs / 10
         yield f"warmup_epochs={config.warmup_epochs} would fill the run: now {shorter}"
         config.warmup_epochs = shorter
-    if config.freeze_last_layer >= config.epochs:
+    if has_teacher and config.freeze_last_layer >= config.epochs:
         yield f"freeze_last_layer={config.freeze_last_layer}: no epoch trains the prototypes"
 
 

@@ -2,8 +2,8 @@
 
 out_dir/ holds ckpt.pt (all that the next step depends on), ckpt.prev.pt (the checkpoint before it,
 if ckpt.pt is damaged), backbone.pt (the teacher's backbone, for timm, torchvision or VMamba),
-config.json (all options), log.jsonl (a line of training has "loss", a line of an evaluation
-"std_full"), views.png (what the network sees), curves.png (log.jsonl drawn).
+config.json (all options), log.jsonl (a line of training has "loss", one of an evaluation
+"std_full", that of step 0 collapse metrics alone), views.png (what the network sees), curves.png.
 """
 
 import atexit

@@ -460,6 +460,12 @@ def test_backbone_is_timms(tmp_path):
     torch.testing.assert_close(theirs(x), ours(x), atol=1e-4, rtol=1e-4)
 
 
+def test_a_backbone_without_its_width_is_refused(monkeypatch):
+    monkeypatch.setitem(model.BACKBONES, "mine", lambda **_: torch.nn.Linear(3, 4))
+    with pytest.raises(UsageError, match=r"backbone mine: has no \.dim; set it in model\.py"):
+        model.build_backbone("mine")
+
+
 def test_save_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     checkpoint.save_atomically({"a": torch.ones(2)}, str(path))

@@ -288,7 +288,7 @@ def test_the_method_is_read_in_one_sitting():
 def test_all_code_together():
     # resident images, the GPU work, view shares, boards, damaged files came
     # on top of 7,550
-    assert sum(map(length, CODE)) < 9150
+    assert sum(map(length, CODE)) < 9200
 
 
 # --- statements

@@ -457,6 +457,14 @@ def test_what_a_method_cannot_do_is_refused(options, message):
         train.make_run(tiny_config(**options), 5, HERE)
 
 
+def test_a_run_too_short_to_train_its_prototypes_says_so():
+    for method, told in (("clever", True), ("simsiam", False)):
+        config = tiny_config(method=method, local_crops=0, epochs=1, freeze_last_layer=1)
+        notes = " ".join(train.make_run(config, 5, HERE).notes)
+        assert ("no epoch trains the prototypes" in notes) == told
+        assert "would fill the run: now 0.1" in notes and config.warmup_epochs == 0.1
+
+
 def test_a_parameter_that_no_loss_term_reaches_is_an_error(folder, monkeypatch):
     def without_ef(*given):
         terms, means, logged = train.distil(*given)

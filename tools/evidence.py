@@ -145,7 +145,7 @@ SETTINGS = {side.split("/")[0] for claim in CLAIMS for side in claim.sides()}
 def scores_of(path):
     """Read a results.json -> {(task, classifier, test, row, part): scores (n,) in 0 .. 1}.
 
-    A score is the share of an image's answers that are right; for view shares, R2, videos and
+    A score is the share of an image's predictions that are right; for view shares, R2, videos and
     saliency the table's one number. Other rows are passed over. UsageError where two rows say the
     same thing.
     """
