@@ -1,12 +1,12 @@
-"""CLeVER on 30 classes of Tiny ImageNet (15,000 images of 64 px): a setting of docs/results.md.
+"""CLeVER on 30 classes of Tiny ImageNet (15,000 images of 64 px): a setting of docs/real_images.md.
 
     python train.py configs/tinyin30_clever.py --data=/path/to/tinyin40
     python eval_linear.py --protocol=ridge --ckpt=out/tinyin30_clever/ckpt.pt
 
 The folder has train/CLASS/* and val/CLASS/*. For DINO: --method=dino --out_dir=out/tinyin30_dino.
 The preset with the smallest crops: here many cheap images are worth more than large ones.
-docs/results.md tells what was tuned, on DINO alone.
-Hardware: one CPU core in fp32, three to four minutes an epoch. Accuracy: docs/results.md.
+Tuned on DINO alone (docs/real_images.md, Three seeds on 30 classes).
+Hardware: one CPU core in fp32, three to four minutes an epoch. Accuracy: docs/real_images.md.
 """
 
 from configs.tinyin40_clever import *

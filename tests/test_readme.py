@@ -158,7 +158,7 @@ TESTED = {
     f"{TASK}rotation_sensitivity --data=DATA": "test_eval.py::test_two_processes_are_one",
     f"{SEG} --compare=DINO_CKPT --task=davis --data=DAVIS": DAVIS,
     f"{SEG} --task=saliency --data=ECSSD": "test_seg.py::test_saliency_from_folders",
-    f"{SEG} --image=photo.jpg": "test_seg.py::test_one_picture_and_the_built_in_ones",
+    f"{SEG} --image=photo.jpg --size=480": "test_seg.py::test_one_picture_and_the_built_in_ones",
     f"{DDCL} --out_dir=out/ddcl": "test_train.py::test_two_processes_are_one",
 }
 # those that no test can run -> (the reason, what is tested instead)
