@@ -2,7 +2,7 @@
 
     python eval_seg.py --ckpt=out/demo/ckpt.pt                        the built-in shapes
     python eval_seg.py --ckpt=... --data=ECSSD                        or DUTS-TEST, DUT-OMRON
-    python eval_seg.py --ckpt=... --image=photo.jpg                   one picture
+    python eval_seg.py --ckpt=... --image=photo.jpg --size=480        one picture
     python eval_seg.py --ckpt=... --task=davis --data=DAVIS [--compare=dino.pt]
 
 saliency: TokenCut. davis: DINO's label propagation carries the first frame's masks through a video.

@@ -79,7 +79,7 @@ def squared_norm(head):
 
 
 def projection_regularization(head_ir, head_ef):
-    """L_PReg = | ||h_ef||^2 - ||h_ir||^2 |: keeps the ef head from shrinking to nothing."""
+    """L_PReg = | ||h_ef||^2 - ||h_ir||^2 |: meant to keep the ef head from shrinking."""
     return (squared_norm(head_ef) - squared_norm(head_ir)).abs()
 
 

@@ -101,7 +101,8 @@ PAIR_CLAIMS = [  # of a CLeVER run and the DINO run beside it: name, measure, be
 ]
 VIEW = ("probe", "view share", "all")
 WHITE = ("probe", "view share, whitened", "all")
-CONTROLS = ("split", "preg", "dot", "cosine", "dot_beta256", "own_views")  # folders, each a run
+OWN_VIEWS = ("own_views", "own_views_beta0.3", "own_views_beta0.1")
+CONTROLS = ("split", "preg", "dot", "cosine", "dot_beta256", *OWN_VIEWS)  # folders, each a run
 PARTS = ("clever/ef", "clever/ir[:d_ef]")
 
 
@@ -109,7 +110,7 @@ def control_claims():
     """Return the claims about runs that differ in their losses alone (docs/results.md)."""
     dino = "dino/dino/full"
     claims = [Claim("C0", (*RIDGE, "class"), dino, "dino/untrained/full", is_headline=True)]
-    for name in ("cosine", "dot", "own_views"):
+    for name in ("cosine", "dot", "own_views", "own_views_beta0.1"):
         first = dict(is_headline=name == "cosine")  # the default
         full, ir = f"{name}/clever/full", f"{name}/clever/ir"
         parts = [f"{name}/{part}" for part in PARTS]
