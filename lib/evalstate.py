@@ -32,9 +32,11 @@ class EvalState:
             self.lock = os.open(f"{self.path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-            except OSError:
+            except BlockingIOError:
                 fix = "wait until it ends, or give another --out"
                 raise UsageError(f"{self.path}: another evaluation writes it; {fix}") from None
+            except OSError:  # a file system without locks
+                pass
 
     def read(self):
         """Return the finished rows, and the state written last: the same on all ranks.
