@@ -167,6 +167,7 @@ def batch_size_of(batch_size, n, world):
         raise UsageError("too few images: none is left to train on, one is held out; give more")
     batch = batch_size if batch_size <= n else n // 8 * 8 or n
     if batch % world:
-        fix = f"use --batch_size={batch // world * world} or fewer ranks"
+        fewer = f"--batch_size={batch // world * world} or " if batch > world else ""
+        fix = f"use {fewer}fewer ranks"
         raise UsageError(f"batch_size={batch} does not divide among {world} ranks: {fix}")
     return batch

@@ -285,7 +285,7 @@ def test_what_parts_hold_is_told_and_drawn(tmp_path, capsys):
 def test_the_tables_of_results_are_those_of_the_kept_answers(capsys, runs):
     evidence.main([f"--runs={ROOT / 'results' / runs}"])
     lines = capsys.readouterr().out.splitlines()
-    pages = ("results.md", "real_images.md")
+    pages = ("results.md", "real_images.md", "ablations.md")
     text = "\n".join((ROOT / "docs" / page).read_text() for page in pages)
     assert len(lines) > 10
     for line in lines:
