@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import lib.images
 from lib import data, sources
 from lib.config import UsageError
 from lib.images import UNREADABLE, cache_in_ram, decode, free_memory, limit_decode, subset
@@ -210,7 +211,7 @@ def test_cached_images_are_the_same_and_must_fit(tmp_path, monkeypatch):
     with pytest.raises(UNREADABLE) as error:
         cached.read(bad)
     assert cached.name(bad) == images.name(bad) and str(error.value)
-    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(lib.images, "free_memory", lambda device: 1e4)
     with pytest.raises(UsageError, match=r"needs about .* GB .*are free; remove --cache=ram"):
         cache_in_ram(images, "tree", HERE, 2)
 

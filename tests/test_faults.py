@@ -658,7 +658,11 @@ MISTAKES = {  # (script, its arguments, what the one line says)
         lambda t: (t / "train" / "cat").mkdir(parents=True) or [f"--data={t}"],
         "holds no images",
     ),
-    "one image": (TRAIN, lambda t: [f"--data={jpeg(t / 'a.jpg').parent}"], "exceeds the 1 images"),
+    "one image": (
+        TRAIN,
+        lambda t: [f"--data={jpeg(t / 'a.jpg').parent}"],
+        "holds 1 images, two are",
+    ),
     "a class list of other classes": (
         TRAIN,
         lambda t: [f"--classes={written(t / 'c.txt', b'unicorn')}"],
