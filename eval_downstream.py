@@ -61,11 +61,11 @@ class DownstreamConfig(linear.ClassifierConfig):
         self.refuse(others, f"--task={self.task}")
         self.mode = self.mode or entry.mode
         self.epochs = self.epochs or (200 if self.mode == "finetune" else 100)
-        super().__post_init__()
-        not_read = ["weight_decay"]
         if self.mode == "finetune":
-            not_read = ["protocol", "views", "lrs", "held_out"]
-        self.refuse(not_read, f"--mode={self.mode}")
+            self.refuse(["protocol", "views", "lrs", "held_out"], "--mode=finetune")
+        else:
+            super().__post_init__()
+            self.refuse(["weight_decay"], "--mode=linear")
 
 
 # --- tasks ----------------------------------------------------------------------------------------

@@ -47,8 +47,8 @@ PUBLISHED = {  # (method, arch, recipe) -> IN-100, 200 epochs, linear top-1 (aut
     ("clever", "vmamba_tiny", "baug"): (83.7, 54.4),
 }
 TESTS = "orig,cj,cj+flip,cj+ro,cj+ro+et,ro,cj+ro180,cj+ro+et50,cj+ro+et150"
-LINEAR_ONLY = (  # options that --protocol=ridge does not read
-    *("part", "cut", "tests", "views", "epochs", "batch_size"),
+LINEAR_ONLY = (  # options that --protocol=ridge does not read, beside views
+    *("part", "cut", "tests", "epochs", "batch_size"),
     *("lr", "lrs", "held_out", "knn", "seeds"),
 )
 

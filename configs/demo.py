@@ -1,4 +1,4 @@
-"""CLeVER on the built-in shapes, no download: a table in three to four minutes on two CPU cores.
+"""CLeVER on the built-in shapes, no download: a table in about four minutes on two CPU cores.
 
 python train.py configs/demo.py
 """

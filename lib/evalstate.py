@@ -24,10 +24,10 @@ class EvalState:
 
     def __init__(self, folder, protocol):
         differs = {name: value for name, value in protocol.items() if name not in MACHINE}
-        differs["commit"] = revision()
+        self.is_main = machine.rank_and_world()[0] == 0
+        differs["commit"] = revision() if self.is_main else None  # it asks git
         name = digest([json.dumps(differs, sort_keys=True).encode()])
         self.path = os.path.join(folder, f"{protocol['task']}-{name}.partial.pt")
-        self.is_main = machine.rank_and_world()[0] == 0
         if self.is_main:
             self.lock = os.open(f"{self.path}.lock", os.O_WRONLY | os.O_CREAT, 0o644)
             try:
@@ -52,7 +52,7 @@ class EvalState:
         return state["rows"], state
 
     def write(self, **state):
-        """Write rows, the finished ones; which: the module that trains, None; its CosineSGD's."""
+        """Write the finished rows, which module trains (None: none), and its CosineSGD's state."""
         if self.is_main:
             save_atomically(state, self.path)
 

@@ -209,8 +209,8 @@ class Monitor:
     def needs_table(self):
         """Tell whether the run ends with a table: probe_at_end, labels, and no table yet."""
         wanted = self.run.config.probe_at_end and self.has_labels
-        done = results.read_results(self.folder.path("results.json"))  # evaluations write it, too
-        return wanted and not any("max_steps" in entry["protocol"] for entry in done)
+        path = self.folder.path("results.json")  # evaluations write it too, with other options
+        return wanted and not any("max_steps" in e["protocol"] for e in results.read_results(path))
 
     @torch.compiler.set_stance("force_eager")
     def finish(self):

@@ -38,7 +38,8 @@ class RunDir:
         self.in_thread = run.here.device.type == "cuda"  # on a CPU it would compete for the cores
         self.writer = ThreadPoolExecutor(1)
         self.writing = []  # the checkpoint that the thread writes: a future, or none
-        self.config_json = json.dumps(asdict(run.config) | dict(revision=revision()), indent=1)
+        now = revision() if run.here.is_main else None  # it asks git
+        self.config_json = json.dumps(asdict(run.config) | dict(revision=now), indent=1)
         self.open_boards = boards.import_boards(run.config)
         self.boards = []  # functions that log the numbers to other places
         self.damaged = ""  # the damaged checkpoint that ckpt.prev.pt replaces
@@ -111,8 +112,7 @@ class RunDir:
         """Tell whether a checkpoint follows step `done` - 1: by epochs, by steps, at the end."""
         config = self.run.config
         steps = self.run.steps_per_epoch * config.save_every_epochs
-        is_last = done == self.run.total
-        return is_last or done % steps == 0 or done % (config.save_every or steps) == 0
+        return any(done % n == 0 for n in (self.run.total, steps, config.save_every or steps))
 
     def save_if_due(self, done, signal=0):
         """Save after `done` steps if that is due, or because a signal ends the run."""

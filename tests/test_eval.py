@@ -698,6 +698,7 @@ DOWNSTREAM_MISTAKES = [
     ("--ckpt={clever} --task=semi10 --subset_list=/nowhere", "No such file"),
     ("--ckpt={clever} --task=folder", "give --data=FOLDER"),
     ("--ckpt={clever} --task=semi10 --held_out=0.2", "held_out=0.2: not for --mode=finetune"),
+    ("--ckpt={clever} --task=semi10 --views=9", "views=9: not for --mode=finetune; remove it"),
     ("--ckpt={clever} --task=semi10 --mode=linear --weight_decay=1", "not for --mode=linear"),
     ("--ckpt={clever} --task=pets --data_root=/nowhere", "use --download=True"),
     ("--ckpt={clever} --task=cub200", "unpacked archive"),

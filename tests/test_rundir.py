@@ -423,6 +423,21 @@ def test_a_damaged_line_of_the_log_is_named(steps, tmp_path):
         folder.records()
 
 
+def test_only_a_runs_own_entry_in_results_ends_its_wish_for_a_table(steps, tmp_path):
+    run, folder, _ = steps
+    images = sources.open_images(run.config.data, "train")
+    watch = monitor.Monitor(run, images, images)
+    watch.folder = folder
+    path = tmp_path / "results.json"
+    path.write_text("{}")  # not even read without --probe_at_end
+    run.config.probe_at_end = False
+    assert not watch.needs_table()
+    run.config.probe_at_end = True
+    for options, needed in ((dict(task="linear"), True), (dict(max_steps=0), False)):
+        path.write_text(json.dumps([dict(task="probe", protocol=options)]))
+        assert watch.needs_table() == needed
+
+
 def test_the_teachers_entropy_is_known_to_the_warnings_after_a_restart(steps, monkeypatch):
     run, folder, _ = steps
     seen = []
